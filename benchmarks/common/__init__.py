@@ -1,0 +1,1 @@
+"""What the experiments share: configuration, data, models, training, results, figures, pages."""

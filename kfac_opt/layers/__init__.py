@@ -1,0 +1,17 @@
+"""Layers as linear maps: one adapter per layer type."""
+
+from kfac_opt.layers import conv, embedding, linear, norm
+from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, find_adapter, register_layer
+from kfac_opt.layers.layout import MatrixLayout
+
+__all__ = [
+    "LayerAdapter",
+    "MatrixLayout",
+    "WeightSharing",
+    "conv",
+    "embedding",
+    "find_adapter",
+    "linear",
+    "norm",
+    "register_layer",
+]

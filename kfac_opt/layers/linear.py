@@ -1,0 +1,55 @@
+"""Linear layers: ``nn.Linear`` and the transposed ``Conv1D`` of the transformers library."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from kfac_opt.layers.adapter import LayerAdapter, append_one, register_layer
+from kfac_opt.layers.layout import MatrixLayout
+
+
+def _rows(features: Tensor) -> Tensor:
+    """``[1, batch, shared, features]``: every dimension between the first and the last counts as positions."""
+    if features.dim() == 1:
+        return features.reshape(1, 1, 1, -1)
+    return features.reshape(1, features.shape[0], -1, features.shape[-1])
+
+
+@register_layer(nn.Linear)
+class LinearAdapter(LayerAdapter):
+    """``y = W x + b`` on ``[batch, ..., in_features]``."""
+
+    @staticmethod
+    def make_layout(module: nn.Module, with_bias: bool) -> MatrixLayout:
+        return MatrixLayout("matrix", tuple(cast(Tensor, module.weight).shape), with_bias)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        rows = _rows(x)
+        return append_one(rows) if self.layout.has_bias else rows
+
+    def output_rows(self, gradient: Tensor) -> Tensor:
+        return _rows(gradient)
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """``transformers.pytorch_utils.Conv1D``: ``y = x W + b`` with ``weight [in, nf]``."""
+    weight, bias, nf = (getattr(module, name, None) for name in ("weight", "bias", "nf"))
+    return (
+        isinstance(weight, Tensor)
+        and isinstance(bias, Tensor)
+        and isinstance(nf, int)
+        and weight.dim() == 2
+        and weight.shape[1] == nf
+        and tuple(bias.shape) == (nf,)
+    )
+
+
+@register_layer(matches=_is_transposed_linear)
+class TransposedLinearAdapter(LinearAdapter):
+    """``y = x W + b`` with the weight stored ``[in, out]``."""
+
+    @staticmethod
+    def make_layout(module: nn.Module, with_bias: bool) -> MatrixLayout:
+        return MatrixLayout("transposed", tuple(cast(Tensor, module.weight).shape), with_bias)

@@ -1,0 +1,98 @@
+"""Normalization layers: scale and shift of every channel as one ``2 × 2`` block."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_opt.layers.adapter import LayerAdapter, append_one, register_layer
+from kfac_opt.layers.layout import MatrixLayout
+
+
+class NormAdapter(LayerAdapter):
+    """``y_c = scale_c · x̂_c + shift_c``: a layer with one group per channel, input ``(x̂, 1)``, output of size 1."""
+
+    structure = "norm"
+
+    @staticmethod
+    def make_layout(module: nn.Module, with_bias: bool) -> MatrixLayout:
+        return MatrixLayout("norm", tuple(cast(Tensor, module.weight).shape), with_bias)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """``x̂``: what the layer multiplies by its scale."""
+        raise AssertionError("every norm adapter normalizes in its own way")
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """``[batch, shared, channels]``; channels at dimension 1 by default."""
+        return x.reshape(x.shape[0], x.shape[1], -1).mT
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        rows = self.channels_last(self.normalized(x)).permute(2, 0, 1).unsqueeze(-1)
+        return append_one(rows) if self.layout.has_bias else rows
+
+    def output_rows(self, gradient: Tensor) -> Tensor:
+        return self.channels_last(gradient).permute(2, 0, 1).unsqueeze(-1)
+
+
+@register_layer(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+class BatchNormAdapter(NormAdapter):
+    """Batch statistics in training mode, running statistics in evaluation mode, as the layer itself."""
+
+    module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+    def normalized(self, x: Tensor) -> Tensor:
+        module = self.module
+        batch_statistics = module.training or module.running_mean is None
+        if batch_statistics:
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        mean, var = (cast(Tensor, part).to(x.dtype) for part in (module.running_mean, module.running_var))
+        return F.batch_norm(x, mean, var, training=False, eps=module.eps)
+
+
+@register_layer(nn.GroupNorm)
+class GroupNormAdapter(NormAdapter):
+    module: nn.GroupNorm
+
+    def normalized(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.module.num_groups, eps=self.module.eps)
+
+
+@register_layer(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormAdapter(NormAdapter):
+    module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+
+    def normalized(self, x: Tensor) -> Tensor:
+        module = self.module
+        if module.training or module.running_mean is None:
+            return F.instance_norm(x, eps=module.eps)
+        mean, var = (cast(Tensor, part).to(x.dtype) for part in (module.running_mean, module.running_var))
+        return F.instance_norm(x, mean, var, use_input_stats=False, eps=module.eps)
+
+
+class _LastDimensionsNorm(NormAdapter):
+    """Channels are the last dimensions, those of the weight."""
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        channels = self.layout.shape[0]
+        lead = x.shape[: x.dim() - len(self.layout.weight_shape)]
+        return x.reshape(lead[0] if lead else 1, -1, channels)
+
+
+@register_layer(nn.LayerNorm)
+class LayerNormAdapter(_LastDimensionsNorm):
+    module: nn.LayerNorm
+
+    def normalized(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.module.normalized_shape, eps=self.module.eps)
+
+
+@register_layer(nn.RMSNorm)
+class RMSNormAdapter(_LastDimensionsNorm):
+    module: nn.RMSNorm
+
+    def normalized(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, list(self.module.normalized_shape), eps=self.module.eps)
+
+

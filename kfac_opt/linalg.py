@@ -1,0 +1,146 @@
+"""Dense linear algebra on Kronecker factors: damped inverses that do not fail, eigenbases, packed triangles.
+
+Everything here takes tensors and returns tensors; batches of matrices are leading dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# fp32 Cholesky returns garbage without an error on a rank-deficient factor at relative damping 1e-5;
+# from 1e-4 of the mean eigenvalue upwards it is exact to rounding.
+FP32_DAMPING_FLOOR = 1e-4
+
+
+class FactorizationError(RuntimeError):
+    """A damped factor could not be inverted by any rung of the ladder."""
+
+
+def mean_diagonal(factor: Tensor) -> Tensor:
+    """Mean eigenvalue ``tr X / dim X`` of ``[..., n, n]`` matrices, shape ``[...]``."""
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def symmetrize_(matrix: Tensor) -> Tensor:
+    """Replaces ``[..., n, n]`` by the mean of itself and its transpose, in place."""
+    return matrix.copy_((matrix + matrix.mT).mul_(0.5))
+
+
+def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+    r"""Inverse :math:`(X + \gamma I)^{-1}` of symmetric positive semi-definite ``[groups, n, n]`` matrices.
+
+    The ladder: in single precision the damping is at least ``FP32_DAMPING_FLOOR`` times the mean
+    eigenvalue; Cholesky; for the matrices that failed ten times and a hundred times the damping; last a
+    double precision eigendecomposition with the eigenvalues clamped at zero.
+
+    Args:
+        factor: ``[groups, n, n]``.
+        damping: ``[groups]``, positive.
+
+    Raises:
+        FactorizationError: if the last rung failed too, or the factor is not finite.
+    """
+    if factor.dtype != torch.float64:
+        damping = torch.maximum(damping, FP32_DAMPING_FLOOR * mean_diagonal(factor))
+    inverse, failed = _cholesky_inverse(factor, damping)
+    for multiple in (10.0, 100.0):
+        if not bool(failed.any()):  # the one device read of a refresh
+            return inverse
+        retry, still = _cholesky_inverse(factor[failed], multiple * damping[failed])
+        index = failed.nonzero().squeeze(-1)
+        inverse[index] = retry
+        failed = failed.clone()
+        failed[index] = still
+    if bool(failed.any()):
+        inverse[failed] = _eigen_inverse(factor[failed], damping[failed])
+    return inverse
+
+
+def _cholesky_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+    triangle, info = torch.linalg.cholesky_ex(damped)
+    failed = (info != 0) | ~torch.isfinite(triangle.diagonal(dim1=-2, dim2=-1).sum(-1))
+    if triangle.shape[0] == 1:
+        # The batched kernel of cholesky_inverse solves against the identity; for one matrix LAPACK's potri
+        # needs half of the operations.
+        return torch.cholesky_inverse(triangle[0]).unsqueeze(0), failed
+    return torch.cholesky_inverse(triangle), failed
+
+
+def _eigen_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+    values, vectors = eigenbasis(factor.double())
+    inverse = (vectors / (values.clamp_min(0.0) + damping.double().unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
+    return inverse.to(factor.dtype)
+
+
+def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[..., n]`` (ascending, clamped at zero) and eigenvectors ``[..., n, n]`` (columns).
+
+    A failed decomposition is tried once more in double precision.
+
+    Raises:
+        FactorizationError: if the factor is not finite or both tries failed.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(factor)
+        if factor.dtype != torch.float64 and not bool(torch.isfinite(values).all()):
+            values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
+    except torch.linalg.LinAlgError:
+        try:
+            values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
+        except torch.linalg.LinAlgError as error:
+            raise FactorizationError("the eigendecomposition failed in double precision as well") from error
+    if not bool(torch.isfinite(values).all()):
+        raise FactorizationError("the factor has entries that are not finite")
+    return values.clamp_min(0.0), vectors
+
+
+def pi_correction(input_mean: Tensor, output_mean: Tensor) -> Tensor:
+    r"""Tikhonov split :math:`\pi = \sqrt{(\mathrm{tr} A/\dim A)/(\mathrm{tr} G/\dim G)}` (Martens & Grosse 2015, §6.3).
+
+    Args:
+        input_mean, output_mean: mean eigenvalues of the two factors, any common shape.
+
+    Returns:
+        The same shape; 1 where either trace is zero, since there is nothing to balance.
+    """
+    usable = (input_mean > 0) & (output_mean > 0)
+    ratio = torch.where(usable, input_mean, 1.0) / torch.where(usable, output_mean, 1.0)
+    return ratio.sqrt()
+
+
+def triangle_size(n: int) -> int:
+    """Number of entries of one triangle of an ``n × n`` matrix, diagonal included."""
+    return n * (n + 1) // 2
+
+
+def pack_triangle(matrix: Tensor) -> Tensor:
+    """Upper triangle of symmetric ``[groups, n, n]`` matrices, row by row: ``[groups, n (n + 1) / 2]``."""
+    n = matrix.shape[-1]
+    packed = matrix.new_empty(*matrix.shape[:-2], triangle_size(n))
+    if n <= 64:
+        rows, columns = torch.triu_indices(n, n, device=matrix.device)
+        packed.copy_(matrix[..., rows, columns])
+        return packed
+    start = 0
+    for row in range(n):  # contiguous copies: an index of n² / 2 entries would cost eight bytes each
+        packed[..., start : start + n - row] = matrix[..., row, row:]
+        start += n - row
+    return packed
+
+
+def unpack_triangle(packed: Tensor, n: int) -> Tensor:
+    """Symmetric ``[groups, n, n]`` matrices from their packed upper triangles."""
+    matrix = packed.new_zeros(*packed.shape[:-1], n, n)
+    if n <= 64:
+        rows, columns = torch.triu_indices(n, n, device=packed.device)
+        matrix[..., rows, columns] = packed
+        matrix[..., columns, rows] = packed
+        return matrix
+    start = 0
+    for row in range(n):
+        matrix[..., row, row:] = packed[..., start : start + n - row]
+        start += n - row
+    return matrix + matrix.triu(1).mT

@@ -1,0 +1,1 @@
+"""K-FAC for PyTorch: natural gradient, variational inference and Fisher diagnostics."""

@@ -1,0 +1,1 @@
+"""Approximations of a layer's Fisher block, and the hooks that feed them."""

@@ -1,0 +1,1 @@
+"""Looking at the Fisher matrix: spectra, estimator variance, gradients."""

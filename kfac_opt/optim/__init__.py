@@ -1,0 +1,1 @@
+"""Optimizers: KFAC and its siblings."""

@@ -43,7 +43,7 @@ _Loader.add_implicit_resolver(
 
 def read_value(text: str) -> Any:
     """The Python value of one YAML expression, e.g. of a command line argument."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506: a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def load_config(

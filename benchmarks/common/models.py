@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 def mlp(sizes: Sequence[int] = (64, 128, 128, 10), activation: str = "relu") -> nn.Module:
     """Fully connected net of the layer widths ``sizes``; inputs of any shape are flattened."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for index, (in_dim, out_dim) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for index, (in_dim, out_dim) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(in_dim, out_dim))
         if index + 2 < len(sizes):
             layers.append(ACTIVATIONS[activation]())
@@ -35,7 +36,7 @@ def deep_linear(in_dim: int = 64, out_dim: int = 10, width: int = 100, num_layer
     return mlp([in_dim] + [width] * (num_layers - 1) + [out_dim], activation="identity")
 
 
-def hdeep(in_dim: int = 64, out_dim: int = 10, width: int = 32, num_layers: int = 9) -> nn.Module:
+def hdeep(in_dim: int = 64, out_dim: int = 10, width: int = 32, num_layers: int = 8) -> nn.Module:
     """A deep narrow ReLU net that plain gradient descent hardly trains: its signals shrink from layer to layer."""
     return mlp([in_dim] + [width] * (num_layers - 1) + [out_dim])
 

@@ -95,9 +95,7 @@ def label(name: str) -> str:
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the Linear layers except the first and the last one with parameters; embeddings never count."""
     layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-    return [
-        layer.weight for layer in layers[1:-1] if isinstance(layer, nn.Linear) and layer.weight.requires_grad
-    ]
+    return [layer.weight for layer in layers[1:-1] if isinstance(layer, nn.Linear) and layer.weight.requires_grad]
 
 
 def muon_applies(model: nn.Module) -> bool:

@@ -11,10 +11,9 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # before pyplot: no display is needed
 
-# The backend comes first.
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 import numpy as np
 
 # Okabe & Ito's colours, which stay apart for colour-blind readers.

@@ -1,4 +1,4 @@
-"""Progress with remaining time: a live bar on a terminal, one line now and then in a log file."""
+"""Progress with remaining time: a live bar on a terminal, a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -7,34 +7,64 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+LOG_INTERVAL_SECONDS = 20.0
 
 
 class Progress:
-    """Counts finished units of work; ``note`` is shown behind the bar."""
+    """Counts finished units of work of ``total``; what an earlier run has done does not enter the time estimate."""
 
-    def __init__(self, bar: tqdm[None]) -> None:
-        self._bar = bar
+    def __init__(self, total: int, description: str, done: int) -> None:
+        self.total, self.description, self.done = total, description, done
+        self._first, self._start, self._last_line = done, time.monotonic(), time.monotonic()
+        self._bar: RichProgress | None = None
+        if sys.stderr.isatty():
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(description, total=total, completed=done, note="")
 
-    def advance(self, amount: int = 1, note: str | None = None) -> None:
-        """Counts ``amount`` units as done."""
-        if note is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(amount)
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Counts ``amount`` units as done; ``note`` says which."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(self._task, advance=amount, note=note)
+        elif time.monotonic() - self._last_line > LOG_INTERVAL_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(f"{self.description}: {self.done}/{self.total}, {duration(self.remaining)} left ({note})")
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left if the rest goes as the work so far."""
+        elapsed = time.monotonic() - self._start
+        return elapsed / max(1, self.done - self._first) * (self.total - self.done)
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
-        self._bar.write(message, file=sys.stderr)
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.console.print(message)
+        else:
+            print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(total: int, description: str, *, done: int = 0) -> Iterator[Progress]:
     """A progress display over ``total`` units of which ``done`` were finished in an earlier run."""
-    interval = 0.5 if sys.stderr.isatty() else 20.0
-    with tqdm(
-        total=total, initial=done, desc=description, mininterval=interval, dynamic_ncols=True, file=sys.stderr
-    ) as bar:
-        yield Progress(bar)
+    display = Progress(total, description, done)
+    if display._bar is None:
+        yield display
+    else:
+        with display._bar:
+            yield display
 
 
 def duration(seconds: float) -> str:
@@ -44,14 +74,3 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-
-
-@contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """``with stopwatch() as elapsed: ...``; afterwards ``elapsed[0]`` is the time in seconds."""
-    elapsed: list[float] = []
-    start = time.perf_counter()
-    try:
-        yield elapsed
-    finally:
-        elapsed.append(time.perf_counter() - start)

@@ -1,0 +1,16 @@
+"""The Gaussian posterior over a model's weights."""
+
+from kfac_opt.posterior.block import PosteriorBlock, PosteriorDamping, Width, uncurved_block
+from kfac_opt.posterior.gaussian import Posterior
+from kfac_opt.posterior.weights import load_weights_, parameters_of, restored_weights
+
+__all__ = [
+    "Posterior",
+    "PosteriorBlock",
+    "PosteriorDamping",
+    "Width",
+    "load_weights_",
+    "parameters_of",
+    "restored_weights",
+    "uncurved_block",
+]

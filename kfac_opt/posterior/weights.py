@@ -1,0 +1,69 @@
+"""Putting drawn weights into a model and getting the old ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def parameters_of(model: nn.Module, shapes: Mapping[str, torch.Size], fixed: Sequence[str] = ()) -> list[nn.Parameter]:
+    """The parameters of ``model`` named in ``shapes``, in that order.
+
+    Args:
+        shapes: names and shapes of the random parameters.
+        fixed: names of the parameters that the model may have besides.
+
+    Raises:
+        ValueError: if names or shapes are not those of ``model``, saying which.
+    """
+    found = dict(unwrapped(model).named_parameters())
+    complaints = []
+    for name, shape in shapes.items():
+        if name not in found:
+            complaints.append(f"'{name}' {list(shape)} is not in the model")
+        elif found[name].shape != shape:
+            complaints.append(f"'{name}' is {list(shape)} in the posterior and {list(found[name].shape)} in the model")
+    allowed = {*shapes, *fixed}
+    complaints += [
+        f"'{name}' {list(parameter.shape)} of the model is not in the posterior"
+        for name, parameter in found.items()
+        if name not in allowed
+    ]
+    if complaints:
+        more = f", and {len(complaints) - 5} more" if len(complaints) > 5 else ""
+        raise ValueError(
+            f"the posterior belongs to another model: {'; '.join(complaints[:5])}{more}. "
+            "Use the model that it was made from, or one built with the same arguments."
+        )
+    return [found[name] for name in shapes]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module inside ``torch.compile`` and DistributedDataParallel, which put prefixes on its names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@torch.no_grad()
+def load_weights_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies ``values`` into ``parameters``: same storage, so that compiled models and views stay valid."""
+    torch._foreach_copy_(list(parameters), list(values))
+
+
+@contextmanager
+def restored_weights(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gives copies of the weights, and puts them back at the end, also when the body raises."""
+    with torch.no_grad():
+        saved = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield saved
+    finally:
+        load_weights_(parameters, saved)

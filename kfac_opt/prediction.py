@@ -1,0 +1,240 @@
+"""Predictions of an ensemble drawn from a posterior, and where their uncertainty comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from kfac_opt.likelihoods import Categorical, Gaussian, Likelihood
+from kfac_opt.posterior import Posterior, load_weights_, parameters_of, restored_weights
+
+Inputs = Union[Tensor, Mapping[str, Any], Iterable[Any]]
+Outputs = Callable[[Any], Tensor]
+
+# One CPU thread, LeNet5 and small MLPs: up to this batch size the loop's overhead per call is larger than what
+# batched matrix products lose (benchmarks.kfac_vi prints both).
+VMAP_MAX_BATCH = 16
+VMAP_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    r"""The predictive distribution: the mean over weight samples of the distributions that each sample predicts.
+
+    Attributes:
+        probabilities: mean of the *probabilities* (never of the logits), the shape of the model's outputs:
+            ``[batch, classes]``. For a Gaussian likelihood the mean of the outputs.
+        entropy: of the mean prediction, in nats, without the class dimension: ``[batch]``. The total uncertainty.
+            For a Gaussian likelihood that of the Gaussian with the mixture's variance, an upper bound.
+        expected_entropy: mean entropy of the single predictions: the uncertainty that no data about the weights
+            would remove.
+        variance: over samples, of the probabilities (or of a Gaussian's outputs, noise not included).
+        samples: single predictions ``[num_samples, batch, classes]`` if they were asked for, else None.
+    """
+
+    probabilities: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    variance: Tensor
+    samples: Tensor | None = None
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Between the label and the weights, in nats: what the ensemble disagrees about. ``entropy - expected_entropy``."""
+        return self.entropy - self.expected_entropy
+
+
+def predict(
+    model: nn.Module,
+    posterior: Posterior,
+    x: Inputs,
+    num_samples: int = 50,
+    generator: torch.Generator | None = None,
+    vectorize: Literal["auto", "loop", "vmap"] = "auto",
+    *,
+    keep_samples: bool = False,
+    outputs: Outputs | None = None,
+) -> Prediction:
+    """Ensemble prediction: the mean of the probabilities over ``num_samples`` draws of the weights.
+
+    The model stays in its mode (call ``model.eval()`` first, as for any prediction), nothing is recorded for
+    autograd, and the weights are afterwards bit for bit what they were, also when the model raises. Memory does
+    not grow with ``num_samples`` unless ``keep_samples``.
+
+    Args:
+        model: the model that the posterior was made from, or another one of the same structure.
+        x: a tensor of inputs, a mapping of keyword arguments, or a loader: an iterable of such inputs or of
+            ``(inputs, targets)`` pairs, read once, in whatever order it yields. Every batch of a loader sees the
+            same draws, so that the result is that of all inputs at once.
+        num_samples: number of draws; one ``posterior.sample(generator)`` each, in order.
+        generator: of the draws; None: the posterior's own, which goes on from call to call.
+        vectorize: ``"loop"`` runs one draw after the other, ``"vmap"`` up to 16 at once (``torch.func``),
+            ``"auto"`` picks ``"vmap"`` for batches of at most 16 examples, and falls back to the loop
+            for models that ``vmap`` cannot run. The draws are the same.
+        keep_samples: also return every single prediction.
+        outputs: picks the logits from what the model returns; a tensor, a pair ``(logits, mask)`` or an object with
+            ``.logits`` needs none.
+
+    Returns:
+        A :class:`Prediction` with the examples in the order of ``x``, on the device of the model's outputs.
+
+    Raises:
+        ValueError: for a posterior of another model (naming parameters and shapes), ``num_samples`` below 1, or a
+            loader without batches.
+
+    >>> from kfac_opt.posterior import Width
+    >>> model = nn.Linear(2, 3)
+    >>> posterior = Posterior.from_model(model, [], width=Width(ess=100.0, prior_precision=100.0))
+    >>> predict(model, posterior, torch.zeros(5, 2), num_samples=10).probabilities.shape
+    torch.Size([5, 3])
+    """
+    if num_samples < 1:
+        raise ValueError(f"predict: num_samples must be >= 1, got {num_samples}")
+    if vectorize not in ("auto", "loop", "vmap"):
+        raise ValueError(f"predict: vectorize must be 'auto', 'loop' or 'vmap', got {vectorize!r}")
+    parameters = parameters_of(model, posterior.shapes, posterior.fixed)
+    generator = posterior.generator if generator is None else generator
+    start = generator.get_state()
+    parts: list[Prediction] = []
+    with torch.no_grad(), restored_weights(parameters):
+        for inputs in _batches(x):
+            generator.set_state(start)
+            ensemble = _Ensemble(model, posterior, parameters, inputs, num_samples, generator, outputs)
+            parts.append(_summarize(ensemble.outputs(vectorize), posterior.likelihood, num_samples, keep_samples))
+    if not parts:
+        raise ValueError("predict: the loader has no batches. Give at least one, or a tensor of inputs.")
+    return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+
+def _batches(x: Inputs) -> Iterator[Any]:
+    """The inputs of every batch, targets left out."""
+    if isinstance(x, (Tensor, Mapping)):
+        yield x
+        return
+    for item in x:
+        yield item[0] if isinstance(item, (tuple, list)) else item
+
+
+@dataclass(frozen=True)
+class _Ensemble:
+    """One batch seen by the draws of one prediction."""
+
+    model: nn.Module
+    posterior: Posterior
+    parameters: Sequence[nn.Parameter]
+    inputs: Any
+    num_samples: int
+    generator: torch.Generator
+    pick: Outputs | None
+
+    def outputs(self, vectorize: str) -> Iterator[Tensor]:
+        """The model's outputs for one draw after the other."""
+        if vectorize == "loop" or (vectorize == "auto" and not self._suits_vmap()):
+            yield from self._loop(self.num_samples)
+            return
+        left = self.num_samples
+        while left > 0:
+            state, size = self.generator.get_state(), min(left, VMAP_CHUNK)
+            try:
+                chunk = self._vmap(size)
+            except (RuntimeError, ValueError, NotImplementedError):
+                if vectorize == "vmap":
+                    raise
+                self.generator.set_state(state)
+                yield from self._loop(left)
+                return
+            yield from chunk
+            left -= size
+
+    def _suits_vmap(self) -> bool:
+        # In training mode batch norm writes its statistics in place, and dropout draws numbers: one draw at a time.
+        return not self.model.training and _batch_size(self.inputs) <= VMAP_MAX_BATCH
+
+    def _loop(self, number: int) -> Iterator[Tensor]:
+        for _ in range(number):
+            load_weights_(self.parameters, list(self.posterior.sample(self.generator).values()))
+            yield self._logits(_call(self.model, self.inputs))
+
+    def _vmap(self, number: int) -> Tensor:
+        """``[number, ...]``: outputs of ``number`` draws at once."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        draws = [self.posterior.sample(self.generator) for _ in range(number)]
+        stacked = {
+            names[id(parameter)]: torch.stack([draw[name] for draw in draws])
+            for parameter, name in zip(self.parameters, self.posterior.mean)
+        }
+
+        def run(weights: dict[str, Tensor]) -> Tensor:
+            args, kwargs = ((), self.inputs) if isinstance(self.inputs, Mapping) else ((self.inputs,), {})
+            return self._logits(functional_call(self.model, weights, args, dict(kwargs)))
+
+        return vmap(run, randomness="different")(stacked)
+
+    def _logits(self, result: Any) -> Tensor:
+        if self.pick is not None:
+            result = self.pick(result)
+        if isinstance(result, tuple) and len(result) == 2:
+            result = result[0]
+        logits: Tensor = getattr(result, "logits", result)
+        self.posterior.likelihood.check(logits)
+        return logits
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def _batch_size(inputs: Any) -> int:
+    tensors = [v for v in inputs.values() if isinstance(v, Tensor)] if isinstance(inputs, Mapping) else [inputs]
+    return max((len(tensor) for tensor in tensors if tensor.dim() > 0), default=1)
+
+
+def _summarize(stream: Iterable[Tensor], likelihood: Likelihood, num_samples: int, keep_samples: bool) -> Prediction:
+    """Running mean, variance (Welford) and mean entropy of the predictions in ``stream``."""
+    kept: list[Tensor] = []
+    mean = squares = expected_entropy = torch.zeros(())
+    for count, outputs in enumerate(stream, start=1):
+        p = likelihood.predictive(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
+        if count == 1:
+            mean, squares, expected_entropy = p.clone(), torch.zeros_like(p), _entropy(likelihood, p, None)
+        else:
+            difference = p - mean
+            mean.add_(difference, alpha=1 / count)
+            squares.addcmul_(difference, p - mean)
+            expected_entropy.add_(_entropy(likelihood, p, None))
+        if keep_samples:
+            kept.append(p)
+    variance = squares / num_samples
+    return Prediction(
+        probabilities=mean,
+        entropy=_entropy(likelihood, mean, variance),
+        expected_entropy=expected_entropy / num_samples,
+        variance=variance,
+        samples=torch.stack(kept) if keep_samples else None,
+    )
+
+
+def _entropy(likelihood: Likelihood, p: Tensor, variance: Tensor | None) -> Tensor:
+    """Entropy in nats of the predictive ``p``; ``variance`` of a Gaussian's mean over samples, None for one sample."""
+    if isinstance(likelihood, Categorical):
+        return torch.special.entr(p).sum(likelihood.dimension(p))
+    if isinstance(likelihood, Gaussian):
+        total = torch.full_like(p, likelihood.variance) if variance is None else variance + likelihood.variance
+        return 0.5 * (2 * torch.pi * torch.e * total).log()
+    return torch.special.entr(p) + torch.special.entr(1 - p)
+
+
+def _concatenated(parts: Sequence[Prediction]) -> Prediction:
+    samples = [part.samples for part in parts if part.samples is not None]
+    return Prediction(
+        probabilities=torch.cat([part.probabilities for part in parts]),
+        entropy=torch.cat([part.entropy for part in parts]),
+        expected_entropy=torch.cat([part.expected_entropy for part in parts]),
+        variance=torch.cat([part.variance for part in parts]),
+        samples=torch.cat(samples, dim=1) if samples else None,
+    )

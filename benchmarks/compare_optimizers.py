@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.comparison import Comparison, ComparisonConfig, Contestant, run_comparison, summarize
-from benchmarks.common.comparison_report import HEADER, comparison_section, summary_row, text_table
+from benchmarks.common.comparison_report import HEADER, comparison_section, summary_row
 from benchmarks.common.config import parse_arguments
 from benchmarks.common.figures import save_png
 from benchmarks.common.page import machine_footer, write_page
 from benchmarks.common.results import describe_machine, describe_versions, provenance, write_json
+from benchmarks.common.tables import text_table
 
 MAX_KEPT_POINTS = 60
 

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from benchmarks.common.comparison import ComparisonConfig, run_comparison, summarize
-from benchmarks.common.comparison_report import HEADER, comparison_section, summary_row, text_table
+from benchmarks.common.comparison_report import HEADER, comparison_section, summary_row
 from benchmarks.common.config import load_config
 from benchmarks.common.page import Section
 from benchmarks.common.results import provenance, write_json
 from benchmarks.common.sections import DemoContext, demo_section
+from benchmarks.common.tables import text_table
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "compare_optimizers" / "demo.yaml"
 

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.comparison_report import text_table
 from benchmarks.common.config import LOCAL, parse_arguments, resolved
 from benchmarks.common.figures import heat_figure
-from benchmarks.common.optimizers import build_optimizer, label
+from benchmarks.common.optimizers import build_optimizer, default_settings, label
 from benchmarks.common.page import Figure, Section, Table, machine_footer, write_page
 from benchmarks.common.progress import progress
 from benchmarks.common.results import (
@@ -30,11 +29,11 @@ from benchmarks.common.results import (
     describe_versions,
     fingerprint,
     provenance,
-    read_json,
     read_json_lines,
     write_json,
 )
 from benchmarks.common.search import OptimizerConfig, SearchConfig, search
+from benchmarks.common.tables import text_table
 from benchmarks.common.tasks import Task, TaskConfig
 from benchmarks.common.train import History, train
 
@@ -150,7 +149,7 @@ def find_target(config: RobustnessConfig, task: Task) -> float:
         return train(task, build, seed, with_test=False).final_loss
 
     worst = 10.0 * task.evaluate(task.build_model(seed), "train").loss
-    study = f"{config.name}-{target.optimizer}-{fingerprint([resolved(config.task), resolved(target)])}"
+    study = f"{config.name}-{target.optimizer}-{fingerprint([resolved(config.task), resolved(target), config.device])}"
     storage = config.out / config.name / "search.sqlite3"
     with progress(target.search.num_trials, f"{config.name}: target") as display:
         found = search(
@@ -167,7 +166,7 @@ def find_target(config: RobustnessConfig, task: Task) -> float:
 
 def run_grid(config: RobustnessConfig, task: Task) -> dict[Cell, dict[str, Any]]:
     """Outcome of every setting; those in the log are not run again."""
-    identity = fingerprint([resolved(config.task), config.settings, config.device])
+    identity = fingerprint([resolved(config.task), config.settings, config.device, default_settings("kfac")])
     log = config.out / config.name / "runs.jsonl"
     finished = {
         Cell(**line["cell"]): line["outcome"] for line in read_json_lines(log) if line.get("identity") == identity
@@ -296,11 +295,6 @@ def _final_loss(outcome: dict[str, Any]) -> float:
 def _reach(outcome: dict[str, Any], target: float) -> int | None:
     pairs = zip(outcome["steps"], outcome["train_loss"], strict=True)
     return next((step for step, loss in pairs if loss is not None and loss <= target), None)
-
-
-def load_counts(path: str | Path) -> list[Count]:
-    """The table of a finished run, from its JSON."""
-    return [Count(**content) for content in read_json(path)["counts"]]
 
 
 if __name__ == "__main__":

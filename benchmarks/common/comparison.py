@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.common.config import LOCAL, ConfigError, resolved
-from benchmarks.common.optimizers import OPTIMIZERS, build_optimizer, label, muon_applies
+from benchmarks.common.optimizers import OPTIMIZERS, build_optimizer, default_settings, label, muon_applies
 from benchmarks.common.progress import Progress, progress
 from benchmarks.common.results import fingerprint, read_json, tensorboard_writer, write_json
 from benchmarks.common.search import OptimizerConfig, SearchConfig, SearchResult, num_finished_trials, search
@@ -110,7 +110,8 @@ def _applicable(config: ComparisonConfig, task: Task) -> list[str]:
 def _study_name(config: ComparisonConfig, name: str) -> str:
     """Another task, range or seed is another study: old trials must not be taken for new ones."""
     identity = [resolved(config.task), resolved(config.optimizers[name]), config.search.seed, config.device]
-    return f"{config.name}-{name}-{fingerprint([*identity, config.search.training_seed])}"
+    identity += [config.search.training_seed, default_settings(name)]
+    return f"{config.name}-{name}-{fingerprint(identity)}"
 
 
 def _factory(config: ComparisonConfig, optimizer: str, settings: dict[str, Any], seed: int) -> OptimizerFactory:
@@ -152,7 +153,9 @@ def _run_seeds(
     runs = []
     for seed in range(config.seed, config.seed + config.num_seeds):
         path = folder / "runs" / f"{name}-seed{seed}.json"
-        identity = fingerprint([resolved(config.task), optimizer, settings, seed, config.device, config.threads])
+        identity = fingerprint(
+            [resolved(config.task), default_settings(optimizer), settings, seed, config.device, config.threads]
+        )
         if path.is_file() and read_json(path)["identity"] == identity:
             history = History.from_dict(read_json(path)["history"])
         else:

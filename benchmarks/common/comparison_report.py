@@ -46,15 +46,6 @@ def comparison_section(
     return Section(title, text, [_table(comparison, error_name)], figures)
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal, columns aligned."""
-    widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
 def _table(comparison: Comparison, error_name: str) -> Table:
     rows = [summary_row(summary, error_name) for summary in comparison.summaries]
     caption = "Medians over seeds (lowest to highest); test error: mean ± standard error over seeds; — target missed."

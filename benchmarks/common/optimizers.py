@@ -84,6 +84,16 @@ OPTIMIZERS: dict[str, Builder] = {
     "ekfac": _build_ekfac,
 }
 
+
+def default_settings(name: str) -> str:
+    """The defaults of an optimizer's constructor, as text: results made with other defaults must not be reused."""
+    if name in ("kfac", "ekfac"):
+        from kfac_opt import KFAC
+
+        return str(inspect.signature(KFAC))
+    return f"torch {torch.__version__}"
+
+
 LABELS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon", "kfac": "KFAC", "ekfac": "EKFAC"}
 
 

@@ -1,0 +1,176 @@
+"""What every curvature block offers, and what a pass through the network collects for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfac_opt.curvature.spectral import SpectralForm, dense_of_groups
+from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Call:
+    """One call of a layer: its input, which of its ``[batch, shared]`` rows count, and their shape."""
+
+    x: Tensor
+    positions: tuple[int, int]
+    keep: Tensor | None = None
+
+
+@dataclass
+class Statistics:
+    """Sums of one layer over the passes since the last step; counts come beside sums, never means.
+
+    Attributes:
+        sums: tensors that add over passes and ranks.
+        num_rows: ``R``, rows that the layer saw in all its calls.
+        examples: calls and output gradients that wait for the eigenbasis of this step (EKFAC), with the factor
+            their gradients still have to be multiplied by.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    num_rows: int = 0
+    examples: list[tuple[list[Call], list[Tensor], float]] = field(default_factory=list)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds ``value`` to the sum of this name."""
+        self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+
+    def merge(self, other: Statistics) -> None:
+        """Adds another pass."""
+        for name, value in other.sums.items():
+            self.add(name, value)
+        self.num_rows += other.num_rows
+        self.examples += other.examples
+
+
+@dataclass(frozen=True)
+class Damping:
+    """Damping in force: ``extra + value`` or, relative, ``extra + value · max(τ, 0.1 max τ)`` (MATH: damping scale)."""
+
+    value: float
+    relative: bool
+    extra: float = 0.0
+
+    def of(self, state: State) -> Tensor:
+        """0-dim γ of a block. A block whose scale was zero so far gets 1: it then leaves the gradient alone."""
+        scale, largest = state["scale"], state["scale_max"]
+        if not self.relative:
+            return torch.full_like(scale, self.value + self.extra)
+        gamma = self.value * torch.maximum(scale, 0.1 * largest)
+        return torch.where(largest > 0, gamma, 1.0) + self.extra
+
+
+class CurvatureBlock(ABC):
+    """One approximation of one layer's Fisher block. Pure: all state is passed in.
+
+    Args:
+        layout: how the parameters form a matrix ``[groups, out_dim, in_dim]``.
+        adapter: the layer, or None for a parameter of its own.
+        dtype: of all factors and their arithmetic.
+        sharing: weight-sharing setting.
+    """
+
+    needs_input = True  # whether calls must keep their input until the output gradients arrive
+    refreshable = False  # whether refresh() does anything
+
+    def __init__(
+        self, layout: MatrixLayout, adapter: LayerAdapter | None, dtype: torch.dtype, sharing: WeightSharing = "expand"
+    ) -> None:
+        self.layout, self.adapter, self.dtype, self.sharing = layout, adapter, dtype, sharing
+
+    # -- collecting ---------------------------------------------------------------------------------------------
+
+    def add_input(self, statistics: Statistics, call: Call) -> None:
+        """Adds what the input of one call contributes."""
+        return
+
+    @abstractmethod
+    def add_output(
+        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
+    ) -> None:
+        """Adds what one column of output gradients (one tensor per call) contributes.
+
+        ``state`` is given where per-example products can be taken in the basis in force, None where they have
+        to wait for a new one.
+        """
+
+    def scale_outputs(self, statistics: Statistics, scale: float) -> None:
+        """Multiplies all output gradients collected so far by ``scale``: their second moments by its square."""
+        for name in statistics.sums:
+            if name != "input":
+                statistics.sums[name].mul_(scale * scale)
+        statistics.examples = [(calls, grads, factor * scale) for calls, grads, factor in statistics.examples]
+
+    @abstractmethod
+    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the sums: what a rank without a pass contributes as zeros."""
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def init_state(self, device: torch.device) -> State:
+        """All state, zeros. ``weight`` (of the factor average) and counts live on the CPU: reading them is free."""
+        return {
+            "weight": torch.zeros((), dtype=torch.float64),
+            "scale": torch.zeros((), dtype=self.dtype, device=device),
+            "scale_max": torch.zeros((), dtype=self.dtype, device=device),
+        }
+
+    @abstractmethod
+    def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
+        """Takes the step's estimate into the average: ``X̂ ← d X̂ + (1 − d) X``, ``w ← d w + (1 − d)``."""
+
+    def update_after_refresh(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
+        """Takes what had to wait for the basis in force."""
+        return
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        """Recomputes what :meth:`precondition` needs and is not cheap to have at every step."""
+        return
+
+    def refreshed_tensors(self, state: State) -> list[Tensor]:
+        """What :meth:`refresh` wrote: an owner rank sends it to the others."""
+        return []
+
+    def refresh_cost(self) -> float:
+        """Relative cost of a refresh: cubes of the sizes of the matrices."""
+        return 0.0
+
+    def ready(self, state: State) -> bool:
+        """Whether there is curvature to precondition with."""
+        return float(state["weight"]) > 0.0
+
+    def needs_first_refresh(self, state: State) -> bool:
+        """Whether an estimate is there that no refresh has seen yet."""
+        return False
+
+    # -- use ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
+        """``(F + γ)⁻¹`` applied to a gradient ``[groups, out_dim, in_dim]`` in ``dtype``."""
+
+    @abstractmethod
+    def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
+        """Eigenbases and eigenvalues: of the current factors, or as of the last refresh."""
+
+    def to_dense(self, state: State) -> Tensor:
+        """The whole block ``[out·in, out·in]``, column-stacking over the matrix ``[groups · out_dim, in_dim]``."""
+        form = self.spectral_form(state)
+        return dense_of_groups(form.dense(), form.eigenvalues.shape[1])
+
+
+def average_into(average: Tensor, estimate: Tensor, decay: float) -> None:
+    """``X̂ ← d X̂ + (1 − d) X``; dividing by the weight, averaged alike, makes it unbiased from the first estimate."""
+    average.mul_(decay).add_(estimate, alpha=1.0 - decay)
+
+
+def average_weight(state: State, decay: float, name: str = "weight") -> None:
+    """``w ← d w + (1 − d)``: the weight of an average that started from zero."""
+    state[name].mul_(decay).add_(1.0 - decay)

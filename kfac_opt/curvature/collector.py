@@ -1,0 +1,433 @@
+"""Fills statistics from forward passes: hooks, gradient edges, the output gradients of the likelihood."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
+from kfac_opt.curvature.hooks import WeakHook
+from kfac_opt.curvature.stance import hold_eager, release_eager
+from kfac_opt.likelihoods import Likelihood, output_gradients
+
+FisherKind = Literal["mc", "exact", "empirical"]
+WATCHED_PASSES = 3  # first passes whose loss is held against the likelihood
+
+
+class Tracked(Protocol):
+    """One block and the parameters it belongs to; ``module`` is None for a parameter of its own."""
+
+    name: str
+    block: CurvatureBlock
+    weight: nn.Parameter
+    module: nn.Module | None
+
+
+@dataclass
+class Pass:
+    """One forward pass of the model."""
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    edges: dict[str, list[GradientEdge]] = field(default_factory=dict)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)  # empirical: as they arrive
+    logits: Tensor | None = None
+    logits_gradient: Tensor | None = None
+    num_terms: int = 0
+    scale: float | None = None  # empirical: factor of the user's output gradients, if it can be read off
+
+
+@dataclass
+class Pending:
+    """What the passes since the last step add up to."""
+
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    num_terms: int = 0
+    open: list[Pass] = field(default_factory=list)  # empirical: backward may still come
+    settled: list[Pass] = field(default_factory=list)  # empirical: sums taken, scale of the step not yet known
+
+    def merge(self, other: Pending) -> None:
+        self.num_terms += other.num_terms
+        self.open += other.open
+        self.settled += other.settled
+        for name, statistics in other.statistics.items():
+            self.statistics.setdefault(name, Statistics()).merge(statistics)
+
+
+class Collector:
+    """Attaches to the modules for the passes that are due and detaches again.
+
+    Args:
+        root: the module whose forward is one pass.
+        likelihood, fisher, label_samples, outputs, loss_reduction: as in the optimizer.
+        make_generator: a private generator for this pass on the given device.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        likelihood: Likelihood,
+        fisher: FisherKind,
+        label_samples: int,
+        outputs: Callable[[Any], Any] | None,
+        loss_reduction: Literal["mean", "sum"],
+        make_generator: Callable[[int, torch.device], torch.Generator],
+    ) -> None:
+        self.root, self.likelihood, self.fisher, self.label_samples = root, likelihood, fisher, label_samples
+        self.outputs, self.loss_reduction, self.make_generator = outputs, loss_reduction, make_generator
+        self.pending = Pending()
+        self.forward_seen = False
+        self.paused = False
+        self.dropped = 0
+        self.mask: Tensor | None = None
+        self.hidden: set[str] = set()  # layers that ran with gradients disabled inside a pass with gradients
+        self.fired: set[str] = set()  # layers whose hook ever ran
+        self._due: dict[str, Tracked] = {}
+        self._states: dict[str, State | None] = {}
+        self._pass: Pass | None = None
+        self._depth = 0
+        self._pass_index = 0
+        self._watched = 0
+        self._handles: list[RemovableHandle] = []
+        self._finalizer = weakref.finalize(self, _let_go, id(self), self._handles)
+
+    # -- attaching ----------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    def attach(self, due: dict[str, Tracked], states: dict[str, State | None]) -> None:
+        """Hooks the layers that are due. ``states``: bases in force, or None where examples wait for a new one."""
+        self.detach()
+        self._due, self._states = due, states
+        for name, tracked in due.items():
+            if tracked.module is not None:  # before the root's: a model that is itself a layer
+                hook = WeakHook(self, "on_layer", name)
+                self._handles.append(tracked.module.register_forward_hook(hook, with_kwargs=True))
+        self._handles.append(self.root.register_forward_pre_hook(WeakHook(self, "on_root_start"), with_kwargs=True))
+        self._handles.append(self.root.register_forward_hook(WeakHook(self, "on_root_end"), with_kwargs=True))
+        hold_eager(id(self))
+
+    def detach(self) -> None:
+        _let_go(id(self), self._handles)
+        self._pass, self._depth = None, 0
+
+    # -- a pass -------------------------------------------------------------------------------------------------
+
+    def on_root_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth > 1 and self._pass is not None:
+            return
+        self._depth = 1
+        self.forward_seen = True
+        self._settle()
+        self._pass = Pass() if module.training and torch.is_grad_enabled() and not self.paused else None
+
+    def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        current = self._pass
+        if current is None:
+            return
+        if not torch.is_grad_enabled():
+            self.hidden.add(name)
+            return
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(out, Tensor) or not isinstance(x, Tensor) or not out.requires_grad:
+            return
+        self.fired.add(name)
+        block = self._due[name].block
+        assert block.adapter is not None
+        _, batch, shared, _ = block.adapter.output_rows(out.detach()).shape
+        call = Call(x.detach(), (batch, shared), self._rows_kept(self.mask, (batch, shared)))
+        current.calls.setdefault(name, []).append(call)
+        # An edge, not the tensor: after ReLU(inplace=True) the tensor gives the gradient behind the ReLU.
+        edge = get_gradient_edge(out)
+        current.edges.setdefault(name, []).append(edge)
+        if self.fisher == "empirical":
+            current.gradients.setdefault(name, []).append(None)
+            _on_gradient(edge, _Arrival(current, name, len(current.gradients[name]) - 1))
+        if self.outputs is None:
+            # No mask can come with the outputs: take the moment now, so that checkpointing can free the input.
+            self._take_input(current, name, call)
+
+    def _take_input(self, current: Pass, name: str, call: Call) -> None:
+        block = self._due[name].block
+        statistics = current.statistics.setdefault(name, Statistics())
+        with torch.no_grad(), _full_precision(call.x.device):
+            block.add_input(statistics, call)
+        batch, shared = call.positions
+        if block.sharing == "reduce":
+            statistics.num_rows += batch
+        else:
+            statistics.num_rows += batch * shared if call.keep is None else int(call.keep.sum())
+        if not block.needs_input:
+            call.x = call.x.new_empty(0)
+
+    @staticmethod
+    def _rows_kept(mask: Tensor | None, positions: tuple[int, int]) -> Tensor | None:
+        if mask is None or mask.shape[0] != positions[0] or mask.numel() != positions[0] * positions[1]:
+            return None
+        return mask.reshape(positions)
+
+    def on_root_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        current, self._pass = self._pass, None  # disarmed: recomputed layers must not count twice
+        if current is None:
+            return
+        logits, mask = self._logits(output)
+        self.likelihood.check(logits)
+        if not logits.requires_grad:
+            return
+        if mask is not None:
+            self.likelihood.term_mask(logits, mask)
+        current.num_terms = self.likelihood.num_terms(logits, mask)
+        if current.num_terms == 0:
+            return
+        if not bool(torch.isfinite(logits.detach()).all()):
+            self.dropped += 1
+            return
+        if self.outputs is not None:
+            for name, calls in current.calls.items():
+                for call in calls:
+                    call.keep = self._rows_kept(mask, call.positions)
+                    self._take_input(current, name, call)
+        if self._watched < WATCHED_PASSES:
+            self._watched += 1
+            logits.register_hook(_Watch(self, logits.detach()))
+        if self.fisher == "empirical":
+            current.logits = logits.detach()
+            _on_gradient(get_gradient_edge(logits), _LogitsArrival(current))
+            self.pending.open.append(current)
+        else:
+            self._backward(current, logits, mask)
+
+    def _logits(self, output: Any) -> tuple[Tensor, Tensor | None]:
+        mask = self.mask
+        if self.outputs is not None:
+            output = self.outputs(output)
+            if isinstance(output, tuple) and len(output) == 2:
+                output, mask = output[0], output[1] if output[1] is not None else mask
+        elif not isinstance(output, Tensor):
+            logits = getattr(output, "logits", None)
+            if logits is None and isinstance(output, dict):
+                logits = output.get("logits")
+            if not isinstance(logits, Tensor):
+                raise TypeError(
+                    f"the model returned {type(output).__name__}, expected a tensor of logits or an object with "
+                    "`.logits`. Pass outputs=lambda output: ... to pick the logits from what the model returns."
+                )
+            output = logits
+        return cast(Tensor, output), mask
+
+    def _backward(self, current: Pass, logits: Tensor, mask: Tensor | None) -> None:
+        """Output gradients of the likelihood, back to the layers' outputs only, into sums."""
+        generator = self.make_generator(self._pass_index, logits.device)
+        self._pass_index += 1
+        owners = [(name, index) for name, edges in current.edges.items() for index in range(len(edges))]
+        edges: list[GradientEdge | Tensor] = [current.edges[name][index] for name, index in owners]
+        alone = [tracked for tracked in self._due.values() if tracked.module is None]
+        targets = [*edges, *(tracked.weight for tracked in alone)]
+        if not targets:
+            return
+        columns = output_gradients(
+            self.likelihood,
+            logits,
+            kind=cast(Literal["mc", "exact"], self.fisher),
+            num_labels=self.label_samples,
+            mask=mask,
+            generator=generator,
+        )
+        with _full_precision(logits.device):
+            for column in columns:
+                found = torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
+                with torch.no_grad():
+                    arrived: dict[str, list[Tensor | None]] = {}
+                    for (name, _), gradient in zip(owners, found):
+                        arrived.setdefault(name, []).append(gradient)
+                    for name, gradients in arrived.items():
+                        self._add_output(current, name, gradients)
+                    for tracked, gradient in zip(alone, found[len(edges) :]):
+                        if gradient is not None:
+                            statistics = current.statistics.setdefault(tracked.name, Statistics())
+                            tracked.block.add_output(statistics, [], [gradient], None)
+        if self._finite(current):
+            self.pending.num_terms += current.num_terms
+            self._keep(current)
+
+    def _add_output(self, current: Pass, name: str, gradients: list[Tensor | None]) -> None:
+        pairs = [(call, g.detach()) for call, g in zip(current.calls[name], gradients) if g is not None]
+        if pairs:
+            calls, arrived = [call for call, _ in pairs], [g for _, g in pairs]
+            self._due[name].block.add_output(current.statistics[name], calls, arrived, self._states.get(name))
+
+    def _finite(self, current: Pass) -> bool:
+        """One read of the device for all sums of the pass; a pass that is not finite is dropped and counted."""
+        sums = [value.sum() for statistics in current.statistics.values() for value in statistics.sums.values()]
+        sums += [g.sum().to(sums[0].dtype) for s in current.statistics.values() for _, gs, _ in s.examples for g in gs]
+        if sums and not bool(torch.isfinite(torch.stack([value.to(sums[0].device) for value in sums])).all()):
+            self.dropped += 1
+            return False
+        return True
+
+    def _keep(self, current: Pass) -> None:
+        for name, statistics in current.statistics.items():
+            if any(key != "input" for key in statistics.sums) or statistics.examples:
+                self.pending.statistics.setdefault(name, Statistics()).merge(statistics)
+
+    # -- the empirical Fisher -----------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Turns passes whose backward arrived into sums."""
+        waiting: list[Pass] = []
+        for current in self.pending.open:
+            if current.logits_gradient is None:
+                waiting.append(current)
+                continue
+            assert current.logits is not None
+            with torch.no_grad(), _full_precision(current.logits.device):
+                for name, gradients in current.gradients.items():
+                    if name in self._due:
+                        self._add_output(current, name, gradients)
+                if self._finite(current):
+                    current.scale = self.likelihood.gradient_scale(current.logits, current.logits_gradient)
+                    self.pending.settled.append(current)
+            current.logits = current.logits_gradient = None
+            current.gradients, current.calls = {}, {}
+        self.pending.open = waiting
+
+    def _scale_settled(self, pending: Pending) -> None:
+        """``g = N_step · s · ∂/∂output``: undoes the reduction of the loss, and its scale where that can be read off."""
+        pending.num_terms = sum(current.num_terms for current in pending.settled)
+        alone = [tracked for tracked in self._due.values() if tracked.module is None and tracked.weight.grad is not None]
+        for current in pending.settled:
+            reduced = float(pending.num_terms) if self.loss_reduction == "mean" else 1.0
+            scale = reduced if current.scale is None else 1.0 / current.scale
+            for name, statistics in current.statistics.items():
+                if name in self._due:
+                    self._due[name].block.scale_outputs(statistics, scale)
+            self._keep(current)
+        for tracked in alone if pending.settled else []:
+            # The squared gradient of the sum over all examples: biased, since labels of the data have no mean zero.
+            scale = pending.num_terms if self.loss_reduction == "mean" else 1.0
+            gradient = cast(Tensor, tracked.weight.grad) * scale
+            if bool(torch.isfinite(gradient).all()):
+                statistics = pending.statistics.setdefault(tracked.name, Statistics())
+                tracked.block.add_output(statistics, [], [gradient], None)
+        pending.settled = []
+
+    # -- handing over -------------------------------------------------------------------------------------------
+
+    def take(self) -> Pending:
+        """Everything since the last step; starts anew."""
+        self._settle()
+        taken = self.pending
+        if self.fisher == "empirical":
+            with torch.no_grad():
+                self._scale_settled(taken)
+        self.reset()
+        return taken
+
+    def reset(self) -> None:
+        """Forgets pending passes."""
+        self.pending = Pending()
+        self.forward_seen = False
+        self._pass_index = 0
+        self.hidden.clear()
+
+    @contextmanager
+    def separately(self) -> Any:
+        """Collects the body's passes as a step of its own; they are dropped if the body raises."""
+        before, self.pending = self.pending, Pending()
+        try:
+            yield
+            self._settle()
+            if self.fisher == "empirical":
+                with torch.no_grad():
+                    self._scale_settled(self.pending)
+            before.merge(self.pending)
+        finally:
+            self.pending = before
+
+    def contradiction(self, logits: Tensor, gradient: Tensor) -> None:
+        """Warns when the loss's output gradient cannot come from the likelihood."""
+        if not bool(torch.isfinite(gradient).all()):
+            return
+        reason = self.likelihood.contradiction(logits, gradient)
+        if reason is not None:
+            self._watched = WATCHED_PASSES
+            warnings.warn(
+                f"the likelihood '{self.likelihood.name}' does not fit the loss: {reason}. The Fisher matrix is that of "
+                "the likelihood, not of the loss. Choose likelihood='categorical', 'bernoulli' or 'gaussian' to match "
+                "(or ignore this if an auxiliary term was added to the loss on purpose).",
+                stacklevel=2,
+            )
+
+
+class _Arrival:
+    """Stores the gradient of one call of one layer during the user's backward."""
+
+    def __init__(self, current: Pass, name: str, index: int) -> None:
+        self.gradients, self.name, self.index = current.gradients, name, index
+
+    def __call__(self, gradient: Tensor) -> None:
+        calls = self.gradients.get(self.name)
+        if calls is not None:
+            before = calls[self.index]
+            calls[self.index] = gradient.detach() if before is None else before + gradient.detach()
+
+
+class _LogitsArrival:
+    def __init__(self, current: Pass) -> None:
+        self.current = weakref.ref(current)
+
+    def __call__(self, gradient: Tensor) -> None:
+        current = self.current()
+        if current is not None:
+            before = current.logits_gradient
+            current.logits_gradient = gradient.detach() if before is None else before + gradient.detach()
+
+
+class _Watch:
+    """Holds the loss's gradient in the logits against the likelihood."""
+
+    def __init__(self, collector: Collector, logits: Tensor) -> None:
+        self.collector, self.logits = weakref.ref(collector), logits
+
+    def __call__(self, gradient: Tensor) -> None:
+        collector = self.collector()
+        if collector is not None:
+            collector.contradiction(self.logits, gradient.detach())
+
+
+def _on_gradient(edge: GradientEdge, arrival: Callable[[Tensor], None]) -> None:
+    """Calls ``arrival`` with the gradient that reaches this edge, whatever in-place operation follows it."""
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[edge.output_nr]
+        if gradient is not None:
+            arrival(gradient)
+
+    edge.node.register_prehook(before)
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    """Factor arithmetic happens outside the user's autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _let_go(holder: int, handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    release_eager(holder)

@@ -1,0 +1,113 @@
+"""Blocks that need no factorisation: the Gauss-Newton-Bartlett diagonal and the 2×2 blocks of norm layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.spectral import SpectralForm, two_by_two
+
+
+class DiagonalBlock(CurvatureBlock):
+    r"""Diagonal of the Fisher matrix of any one parameter, shape of the parameter.
+
+    With sampled labels the per-example scores are independent with mean zero, so the elementwise square of the
+    gradient of the sampled *sum* loss, divided by N, is unbiased for the diagonal (Gauss-Newton-Bartlett, Liu et
+    al. 2023, arXiv:2305.14342, Algorithm 2). No per-example gradient is needed.
+    """
+
+    needs_input = False
+
+    def add_output(
+        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
+    ) -> None:
+        statistics.add("square", gradients[0].detach().to(self.dtype).square())
+
+    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"square": self.layout.weight_shape}
+
+    def init_state(self, device: torch.device) -> State:
+        state = super().init_state(device)
+        state["diagonal"] = torch.zeros(self.layout.weight_shape, dtype=self.dtype, device=device)
+        return state
+
+    def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
+        if "square" not in statistics.sums:
+            return
+        average_into(state["diagonal"], statistics.sums["square"] / num_terms, decay)
+        average_weight(state, decay)
+        _track_scale(state, self.diagonal(state).mean(), self.layout.numel)
+
+    def diagonal(self, state: State) -> Tensor:
+        """The averaged diagonal, in the shape of the parameter."""
+        return state["diagonal"] / float(state["weight"])
+
+    def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
+        return matrix / (self.diagonal(state).reshape(matrix.shape) + damping.of(state))
+
+    def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
+        return SpectralForm(None, None, self.diagonal(state).reshape(self.layout.shape))
+
+
+class NormBlock(CurvatureBlock):
+    """Scale and shift of a norm layer: per channel the ``2 × 2`` moment of the per-example sums ``(Σ g x̂, Σ g)``."""
+
+    def add_output(
+        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
+    ) -> None:
+        assert self.adapter is not None
+        sums: list[Tensor] = []
+        for call, gradient in zip(calls, gradients):
+            rows = self.adapter.input_rows(call.x.to(self.dtype))
+            products = rows * self.adapter.output_rows(gradient.to(self.dtype))
+            if call.keep is not None:
+                products = products * call.keep.unsqueeze(-1)
+            sums.append(products.sum(2))  # [channels, batch, 1 or 2]
+        if len({part.shape for part in sums}) == 1:
+            sums = [torch.stack(sums).sum(0)]  # the calls of one example belong to one gradient
+        for part in sums:
+            statistics.add("moment", part.mT @ part)
+
+    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+        channels, _, columns = self.layout.shape
+        return {"moment": (channels, columns, columns)}
+
+    def init_state(self, device: torch.device) -> State:
+        state = super().init_state(device)
+        state["moment"] = torch.zeros(self.sum_shapes()["moment"], dtype=self.dtype, device=device)
+        return state
+
+    def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
+        if "moment" not in statistics.sums:
+            return
+        average_into(state["moment"], statistics.sums["moment"] / num_terms, decay)
+        average_weight(state, decay)
+        _track_scale(state, self.moment(state).diagonal(dim1=-2, dim2=-1).mean(), self.layout.numel)
+
+    def moment(self, state: State) -> Tensor:
+        """The averaged blocks ``[channels, columns, columns]``."""
+        return state["moment"] / float(state["weight"])
+
+    def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
+        block, gamma = self.moment(state), damping.of(state)
+        if block.shape[-1] == 1:
+            return matrix / (block + gamma)
+        a, b, d = block[:, 0, 0] + gamma, block[:, 0, 1], block[:, 1, 1] + gamma
+        scale, shift = matrix[:, 0, 0], matrix[:, 0, 1]
+        determinant = a * d - b * b
+        solved = torch.stack([(d * scale - b * shift) / determinant, (a * shift - b * scale) / determinant], dim=-1)
+        return solved.unsqueeze(1)
+
+    def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
+        block = self.moment(state)
+        if block.shape[-1] == 1:
+            return SpectralForm(None, None, block)
+        values, basis = two_by_two(block)
+        return SpectralForm(None, basis, values.unsqueeze(1))
+
+
+def _track_scale(state: State, mean: Tensor, size: int) -> None:
+    """``τ``: the mean of the block's diagonal times the square root of its size, and the largest so far."""
+    state["scale"].copy_(mean * size**0.5)
+    torch.maximum(state["scale_max"], state["scale"], out=state["scale_max"])

@@ -1,0 +1,127 @@
+r"""EKFAC: Kronecker eigenbases with the second moments of the per-example gradient in them.
+
+George, Laurent, Bouthillier, Ballas & Vincent 2018, arXiv:1806.03884: in the basis of the Kronecker factors the
+best diagonal (in Frobenius norm) is :math:`s = E[(Q_G^\top \nabla W\, Q_A)^2]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfac_opt.curvature.block import Call, Damping, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt.layers import LayerAdapter, WeightSharing
+from kfac_opt.layers.embedding import EmbeddingAdapter
+
+CHUNK_ENTRIES = 2**24  # of per-example gradients held at a time: 64 MB in single precision
+
+
+class EigenbasisBlock(KroneckerBlock):
+    """Kronecker eigenbases; eigenvalues are averaged per-example second moments that follow the data."""
+
+    needs_input = True
+
+    def __init__(
+        self, adapter: LayerAdapter, dtype: torch.dtype, sharing: WeightSharing, *, max_factor_dim: int
+    ) -> None:
+        super().__init__(adapter, dtype, sharing, style="exact", max_factor_dim=max_factor_dim)
+
+    def add_output(
+        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
+    ) -> None:
+        super().add_output(statistics, calls, gradients, state)
+        if state is None:
+            statistics.examples.append((calls, gradients, 1.0))
+        else:
+            statistics.add("squares", self.example_squares(state, calls, gradients))
+
+    def example_squares(self, state: State, calls: list[Call], gradients: list[Tensor]) -> Tensor:
+        """Sum over examples of the squared per-example gradient in the basis in force, ``[groups, out, in]``."""
+        output_basis, input_basis = state.get("output_basis"), state.get("input_basis")
+        inputs, outputs = [], []
+        for call, gradient in zip(calls, gradients):
+            rows = self.layer.output_rows(gradient.to(self.dtype))
+            if call.keep is not None:
+                rows = rows * call.keep.unsqueeze(-1)
+            outputs.append(rows if output_basis is None else rows @ output_basis.unsqueeze(1))
+        if isinstance(self.layer, EmbeddingAdapter):
+            return _embedding_squares(self.layer, calls, outputs)
+        inputs = [self.layer.input_rows(call.x.to(self.dtype)) for call in calls]
+        if len({rows.shape[1] for rows in inputs}) == 1:  # the calls of one example belong to one gradient
+            inputs, outputs = [torch.cat(inputs, dim=2)], [torch.cat(outputs, dim=2)]
+        squares = [_row_squares(a, g, input_basis) for a, g in zip(inputs, outputs)]
+        return torch.stack(squares).sum(0)
+
+    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().sum_shapes(), "squares": self.layout.shape}
+
+    def init_state(self, device: torch.device) -> State:
+        state = super().init_state(device)
+        state["scales"] = torch.zeros(self.layout.shape, dtype=self.dtype, device=device)
+        state["scales_weight"] = torch.zeros((), dtype=torch.float64)
+        return state
+
+    def _install(self, state: State, new: State) -> None:
+        """The old scales go along into the new basis: ``ŝ ← (R_G∘R_G) ŝ (R_A∘R_A)ᵀ``, ``R = Q_newᵀ Q_old``."""
+        if self.ready(state):
+            if "output_basis" in new:
+                turn = (new["output_basis"].mT @ state["output_basis"]).square()
+                state["scales"].copy_(turn @ state["scales"])
+            if "input_basis" in new:
+                turn = (new["input_basis"].mT @ state["input_basis"]).square()
+                state["scales"].copy_(state["scales"] @ turn.mT)
+        super()._install(state, new)
+
+    def resolve_examples(self, state: State, statistics: Statistics) -> None:
+        """Turns examples that waited for the basis into sums."""
+        for calls, gradients, factor in statistics.examples:
+            statistics.add("squares", self.example_squares(state, calls, gradients).mul_(factor * factor))
+        statistics.examples = []
+
+    def update_after_refresh(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
+        if "squares" not in statistics.sums or not self.ready(state):
+            return
+        average_into(state["scales"], statistics.sums["squares"] / num_terms, decay)
+        average_weight(state, decay, "scales_weight")
+
+    def scales(self, state: State) -> Tensor:
+        """Averaged second moments ``[groups, out_dim, in_dim]`` in the basis of the last refresh."""
+        return state["scales"] / max(float(state["scales_weight"]), torch.finfo(torch.float64).tiny)
+
+    def refreshed_tensors(self, state: State) -> list[Tensor]:
+        return [*super().refreshed_tensors(state), state["scales"]]
+
+    def denominators(self, state: State, damping: Damping) -> Tensor:
+        return self.scales(state) + damping.of(state)
+
+    def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
+        return SpectralForm(state.get("output_basis"), state.get("input_basis"), self.scales(state))
+
+
+def _row_squares(a: Tensor, g: Tensor, input_basis: Tensor | None) -> Tensor:
+    """``Σ_n ((Σ_t g_nt a_ntᵀ) Q_A)²`` for rows ``[groups, batch, shared, ·]``, chunked over examples."""
+    groups, batch, shared, in_dim = a.shape
+    out_dim = g.shape[-1]
+    if shared == 1:
+        a = a if input_basis is None else a @ input_basis.unsqueeze(1)
+        return g.squeeze(2).square().mT @ a.squeeze(2).square()
+    rotate_first = shared < out_dim
+    if rotate_first and input_basis is not None:
+        a = a @ input_basis.unsqueeze(1)
+    total = a.new_zeros(groups, out_dim, in_dim)
+    step = max(1, CHUNK_ENTRIES // max(groups * out_dim * in_dim, 1))
+    for start in range(0, batch, step):
+        gradient = g[:, start : start + step].mT @ a[:, start : start + step]
+        if not rotate_first and input_basis is not None:
+            gradient = gradient @ input_basis.unsqueeze(1)
+        total += gradient.square().sum(1)
+    return total
+
+
+def _embedding_squares(adapter: EmbeddingAdapter, calls: list[Call], outputs: list[Tensor]) -> Tensor:
+    tokens = [adapter.tokens(call.x) for call in calls]
+    if len({part.shape[0] for part in tokens}) == 1:
+        return adapter.example_squares(torch.cat(tokens, 1), torch.cat(outputs, 2)[0])
+    return torch.stack([adapter.example_squares(part, rows[0]) for part, rows in zip(tokens, outputs)]).sum(0)

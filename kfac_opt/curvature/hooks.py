@@ -1,0 +1,33 @@
+"""Hooks that neither keep an optimizer alive nor hinder copying and pickling the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+def _inert(*args: object, **kwargs: object) -> None:
+    """What a hook becomes in a copied or unpickled model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+class WeakHook:
+    """Calls ``getattr(owner, method)(*bound, *args)`` while the owner lives; copies and pickles as an inert function."""
+
+    def __init__(self, owner: object, method: str, *bound: object) -> None:
+        self._owner = weakref.ref(owner)
+        self._method = method
+        self._bound = bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self._owner()
+        if owner is None:
+            return None
+        return getattr(owner, self._method)(*self._bound, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()

@@ -1,0 +1,234 @@
+r"""Kronecker-factored blocks, :math:`F \approx A \otimes G` (Martens & Grosse 2015, arXiv:1503.05671)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt.layers import LayerAdapter, WeightSharing
+from kfac_opt.linalg import (
+    FactorizationError,
+    damped_inverse,
+    eigenbasis,
+    mean_diagonal,
+    pack_triangle,
+    pi_correction,
+    triangle_size,
+    unpack_triangle,
+)
+
+DampingStyle = Literal["factored", "exact"]
+SIDES = ("input", "output")
+MAX_FAILURES = 3
+
+
+class KroneckerBlock(CurvatureBlock):
+    r"""``A ⊗ G`` with ``A = (1/N) Σ a aᵀ`` (positions summed) and ``G = (1/R) Σ g gᵀ`` (rows averaged).
+
+    ``style="factored"`` preconditions with :math:`(G + \sqrt\gamma/\pi)^{-1} V (A + \pi\sqrt\gamma)^{-1}`, ``"exact"``
+    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases. ``basis`` asks for eigenbases with the factored
+    style as well (posterior samples need them).
+
+    A side larger than ``max_factor_dim``, or the input of an embedding, keeps only its diagonal.
+    """
+
+    needs_input = False
+    refreshable = True
+
+    def __init__(
+        self,
+        adapter: LayerAdapter,
+        dtype: torch.dtype,
+        sharing: WeightSharing,
+        *,
+        style: DampingStyle,
+        max_factor_dim: int,
+        basis: bool = False,
+    ) -> None:
+        super().__init__(adapter.layout, adapter, dtype, sharing)
+        self.layer = adapter
+        self.style = style
+        self.in_basis = basis or style == "exact"
+        groups, out_dim, in_dim = self.layout.shape
+        self.groups = groups
+        self.dims = {"input": in_dim, "output": out_dim}
+        self.dense_sides = {
+            "input": in_dim <= max_factor_dim and not adapter.diagonal_input,
+            "output": out_dim <= max_factor_dim,
+        }
+
+    # -- collecting ---------------------------------------------------------------------------------------------
+
+    def add_input(self, statistics: Statistics, call: Call) -> None:
+        moment = self.layer.input_moment if self.dense_sides["input"] else self.layer.input_square
+        statistics.add("input", moment(call.x, call.keep, self.sharing, self.dtype))
+
+    def add_output(
+        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
+    ) -> None:
+        moment = self.layer.output_moment if self.dense_sides["output"] else self.layer.output_square
+        for call, gradient in zip(calls, gradients):
+            statistics.add("output", moment(gradient, call.keep, self.sharing, self.dtype))
+
+    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {side: self._shape(side) for side in SIDES}
+
+    def _shape(self, side: str) -> tuple[int, ...]:
+        n = self.dims[side]
+        return (self.groups, n, n) if self.dense_sides[side] else (self.groups, n)
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def init_state(self, device: torch.device) -> State:
+        state = super().init_state(device)
+        state["refreshes"] = torch.zeros((), dtype=torch.int64)
+        state["failures"] = torch.zeros((), dtype=torch.int64)
+        for side in SIDES:
+            n = self.dims[side]
+            size = triangle_size(n) if self.dense_sides[side] else n
+            state[f"{side}_factor"] = torch.zeros(self.groups, size, dtype=self.dtype, device=device)
+            if not self.in_basis:
+                state[f"{side}_inverse"] = torch.zeros(self._shape(side), dtype=self.dtype, device=device)
+                continue
+            state[f"{side}_values"] = torch.zeros(self.groups, n, dtype=self.dtype, device=device)
+            if self.dense_sides[side]:
+                state[f"{side}_basis"] = torch.zeros(self._shape(side), dtype=self.dtype, device=device)
+        return state
+
+    def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
+        if not statistics.num_rows or "output" not in statistics.sums:
+            return
+        for side, count in (("input", num_terms), ("output", statistics.num_rows)):
+            estimate = statistics.sums[side] / count
+            if self.dense_sides[side]:
+                estimate = pack_triangle(estimate)
+            average_into(state[f"{side}_factor"], estimate, decay)
+        average_weight(state, decay)
+        self._track_scale(state)
+
+    def _track_scale(self, state: State) -> None:
+        """τ = (tr A / dim A)(tr G / dim G) √(dim A · dim G), groups averaged, and the largest so far."""
+        means = [self._diagonal(state, side).mean(-1) for side in SIDES]
+        size = self.dims["input"] * self.dims["output"]
+        state["scale"].copy_((means[0] * means[1]).mean() * size**0.5)
+        torch.maximum(state["scale_max"], state["scale"], out=state["scale_max"])
+
+    def _diagonal(self, state: State, side: str) -> Tensor:
+        factor, n = state[f"{side}_factor"], self.dims[side]
+        if self.dense_sides[side]:
+            rows = torch.arange(n, device=factor.device)
+            factor = factor[:, rows * n - rows * (rows - 1) // 2]  # where each row of the triangle starts
+        return factor / float(state["weight"])
+
+    def factor(self, state: State, side: str) -> Tensor:
+        """The averaged factor ``[groups, n, n]``, or its diagonal ``[groups, n]``."""
+        factor = state[f"{side}_factor"]
+        if self.dense_sides[side]:
+            factor = unpack_triangle(factor, self.dims[side])
+        return factor / float(state["weight"])
+
+    # -- refresh ------------------------------------------------------------------------------------------------
+
+    def refresh(self, state: State, damping: Damping) -> None:
+        """Inverses or eigenbases from the current factors.
+
+        A factorisation that fails on every rung of the ladder leaves the old inverse in force and is counted.
+
+        Raises:
+            FactorizationError: when it failed ``MAX_FAILURES`` times in a row, or there is no old inverse.
+        """
+        if not super().ready(state):
+            return
+        factors = {side: self.factor(state, side) for side in SIDES}
+        try:
+            new = self._bases(factors) if self.in_basis else self._inverses(state, factors, damping)
+        except FactorizationError as error:
+            state["failures"] += 1
+            if int(state["failures"]) >= MAX_FAILURES or not self.ready(state):
+                raise FactorizationError(
+                    f"{error} ({int(state['failures'])} times in a row; damping {float(damping.of(state)):.3g}, factors "
+                    f"of size {self.dims['input']} and {self.dims['output']})"
+                ) from error
+            return
+        self._install(state, new)
+        state["failures"].zero_()
+        state["refreshes"] += 1
+
+    def _install(self, state: State, new: State) -> None:
+        for name, value in new.items():
+            state[name].copy_(value)
+
+    def _splits(self, means: dict[str, Tensor], gamma: Tensor) -> dict[str, Tensor]:
+        """Damping of each side, ``[groups]``: ``π√γ`` for the input, ``√γ/π`` for the output."""
+        pi = pi_correction(means["input"], means["output"])
+        return {"input": pi * gamma.sqrt(), "output": gamma.sqrt() / pi}
+
+    def _inverses(self, state: State, factors: State, damping: Damping) -> State:
+        means = {side: mean_diagonal(f) if self.dense_sides[side] else f.mean(-1) for side, f in factors.items()}
+        splits = self._splits(means, damping.of(state))
+        inverses: State = {}
+        for side, factor in factors.items():
+            if self.dense_sides[side]:
+                inverses[f"{side}_inverse"] = damped_inverse(factor, splits[side])
+            else:
+                inverses[f"{side}_inverse"] = 1.0 / (factor + splits[side].unsqueeze(-1))
+        return inverses
+
+    def _bases(self, factors: State) -> State:
+        new: State = {}
+        for side, factor in factors.items():
+            if self.dense_sides[side]:
+                new[f"{side}_values"], new[f"{side}_basis"] = eigenbasis(factor)
+            else:
+                new[f"{side}_values"] = factor
+        return new
+
+    def refreshed_tensors(self, state: State) -> list[Tensor]:
+        kinds = ("values", "basis") if self.in_basis else ("inverse",)
+        names = [f"{side}_{kind}" for side in SIDES for kind in kinds]
+        return [state[name] for name in names if name in state]
+
+    def refresh_cost(self) -> float:
+        return float(self.groups * sum(n**3 for side, n in self.dims.items() if self.dense_sides[side]))
+
+    def ready(self, state: State) -> bool:
+        return int(state["refreshes"]) > 0
+
+    def needs_first_refresh(self, state: State) -> bool:
+        return int(state["refreshes"]) == 0 and super().ready(state)
+
+    # -- use ----------------------------------------------------------------------------------------------------
+
+    def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
+        if not self.in_basis:
+            return _both_sides(state["output_inverse"], matrix, state["input_inverse"])
+        form = self.spectral_form(state, current=False)
+        return form.rotate_back(form.rotate(matrix) / self.denominators(state, damping))
+
+    def denominators(self, state: State, damping: Damping) -> Tensor:
+        """What the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
+        if self.style == "exact":
+            return self.spectral_form(state, current=False).eigenvalues + damping.of(state)
+        return self.split_denominators(state, damping.of(state))
+
+    def split_denominators(self, state: State, gamma: Tensor) -> Tensor:
+        """``(λ^G_i + √γ/π)(λ^A_j + π√γ)``: the factored style written in the eigenbasis."""
+        values = {side: state[f"{side}_values"] for side in SIDES}
+        splits = self._splits({side: value.mean(-1) for side, value in values.items()}, gamma)
+        damped = {side: values[side] + splits[side].unsqueeze(-1) for side in SIDES}
+        return damped["output"].unsqueeze(-1) * damped["input"].unsqueeze(-2)
+
+    def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
+        parts = self._bases({side: self.factor(state, side) for side in SIDES}) if current else state
+        eigenvalues = parts["output_values"].unsqueeze(-1) * parts["input_values"].unsqueeze(-2)
+        return SpectralForm(parts.get("output_basis"), parts.get("input_basis"), eigenvalues)
+
+
+def _both_sides(output_side: Tensor, matrix: Tensor, input_side: Tensor) -> Tensor:
+    """``S V R`` where a side is a matrix ``[groups, n, n]`` or the diagonal ``[groups, n]`` of one."""
+    matrix = output_side @ matrix if output_side.dim() == 3 else output_side.unsqueeze(-1) * matrix
+    return matrix @ input_side if input_side.dim() == 3 else matrix * input_side.unsqueeze(-2)

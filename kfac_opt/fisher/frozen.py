@@ -1,0 +1,242 @@
+"""A model at the weights it has now: forwards that leave the model, its hooks and all random states alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from kfac_opt.curvature.collector import Collector
+from kfac_opt.curvature.hooks import WeakHook
+from kfac_opt.fisher.data import Batch
+from kfac_opt.layers import LayerAdapter, find_adapter
+
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ParameterBlock:
+    """The trainable parameters that one module owns: a block of the ``layer_wise`` matrix.
+
+    Attributes:
+        name: of the module, as in ``model.named_modules()``.
+        parameters: their names, in the order of ``model.named_parameters()``.
+        shapes: of these parameters.
+        start: index of the first entry in a vector of all parameters.
+        adapter: the layer as a linear map, or None.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    start: int
+    adapter: LayerAdapter | None
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def slice(self) -> slice:
+        """Where the block lies in a vector of all parameters."""
+        return slice(self.start, self.start + self.size)
+
+    def to_matrix(self, vectors: Tensor) -> Tensor:
+        """``[rows, size]`` as the layer's matrices ``[rows, groups, out_dim, in_dim]``."""
+        assert self.adapter is not None
+        layout = self.adapter.layout
+        parts = self._split(vectors)
+        weight = parts["weight"]
+        if "bias" in parts:
+            matrices = torch.vmap(lambda w, b: layout.to_matrix(w, b))(weight, parts["bias"])
+        else:
+            matrices = torch.vmap(lambda w: layout.to_matrix(w))(weight)
+        return matrices.reshape(-1, *layout.shape)
+
+    def to_vectors(self, matrices: Tensor) -> Tensor:
+        """``[rows, groups, out_dim, in_dim]`` as vectors ``[rows, size]``; inverse of :meth:`to_matrix`."""
+        assert self.adapter is not None
+        layout, rows = self.adapter.layout, matrices.shape[0]
+        if not layout.has_bias:
+            weight = torch.vmap(lambda m: layout.from_matrix(m)[0])(matrices)
+            return weight.reshape(rows, -1)
+        weight, bias = torch.vmap(layout.from_matrix)(matrices)
+        parts = {"weight": weight.reshape(rows, -1), "bias": bias.reshape(rows, -1)}
+        return torch.cat([parts[name.rpartition(".")[2]] for name in self.parameters], dim=1)
+
+    def _split(self, vectors: Tensor) -> dict[str, Tensor]:
+        pieces = vectors.split([shape.numel() for shape in self.shapes], dim=1)
+        return {
+            name.rpartition(".")[2]: piece.reshape(-1, *shape)
+            for name, shape, piece in zip(self.parameters, self.shapes, pieces)
+        }
+
+
+class FrozenModel:
+    """A copy of the weights, and forwards with them through the module's code.
+
+    Args:
+        model: compiled and DistributedDataParallel wrappers are taken off.
+        outputs: picks the logits, or ``(logits, mask)``, from what the model returns; None for a tensor or an
+            object with ``.logits``.
+        owner: name for error messages.
+
+    Raises:
+        ValueError: no trainable parameters; batch normalization on batch statistics; dropout in training mode.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Callable[[Any], Any] | None, owner: str) -> None:
+        self.module = _unwrapped(model)
+        self.outputs, self.owner = outputs, owner
+        named = dict(self.module.named_parameters())
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        if not trainable:
+            raise ValueError(f"{owner}: the model has no trainable parameters. Set requires_grad=True for some.")
+        self._refuse_mixing()
+        self.parameters: Parameters = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in named.items()}
+        self.buffers: Parameters = {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        self.modes = [module.training for module in self.module.modules()]
+        first = next(iter(trainable.values()))
+        self.device = first.device
+        self.dtype = first.dtype
+        for p in trainable.values():
+            self.dtype = torch.promote_types(self.dtype, p.dtype)
+        self.row_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.blocks = _blocks(self.module, trainable)
+        self.size = sum(block.size for block in self.blocks)
+
+    def _refuse_mixing(self) -> None:
+        for name, module in self.module.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise ValueError(
+                    f"{self.owner}: '{name}' ({type(module).__name__}) normalizes with the statistics of its batch, so "
+                    "that an example's output depends on the others and has no Jacobian of its own. Call model.eval() "
+                    "first" + (" and give the layer running statistics." if module.running_mean is None else ".")
+                )
+            dropout = isinstance(module, _DropoutNd) and module.p > 0
+            dropout |= isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+            if dropout and module.training:
+                raise ValueError(
+                    f"{self.owner}: '{name}' ({type(module).__name__}) drops units at random in training mode: every "
+                    "pass would see another network. Call model.eval() first."
+                )
+
+    @property
+    def trainable(self) -> Parameters:
+        """The trainable parameters, in vector order."""
+        return {name: self.parameters[name] for block in self.blocks for name in block.parameters}
+
+    def forward(self, batch: Batch, parameters: Parameters | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits and mask (or None) of a batch; ``parameters`` replace the kept ones of the same name."""
+        if [module.training for module in self.module.modules()] != self.modes:
+            raise RuntimeError(
+                f"{self.owner}: the model changed between training and evaluation mode since the matrix was made. "
+                "Put it back, or build a new one."
+            )
+        buffers = {name: value.clone() for name, value in self.buffers.items()}
+        values = self.parameters if parameters is None else {**self.parameters, **parameters}
+        args, kwargs = _arguments(batch.inputs)
+        # The math kernel of attention is the one that every kind of differentiation supports.
+        with quiet(self.module), sdpa_kernel(SDPBackend.MATH), torch.autocast(self.device.type, enabled=False):
+            returned = functional_call(self.module, (values, buffers), args, kwargs)
+        return self._logits(returned)
+
+    def _logits(self, returned: Any) -> tuple[Tensor, Tensor | None]:
+        if self.outputs is not None:
+            returned = self.outputs(returned)
+            if isinstance(returned, tuple) and len(returned) == 2:
+                return returned[0], returned[1]
+            return returned, None
+        if isinstance(returned, Tensor):
+            return returned, None
+        logits = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"{self.owner}: the model returned {type(returned).__name__}, expected a tensor of logits or an object "
+                "with `.logits`. Pass outputs=lambda output: ... to pick the logits from what the model returns."
+            )
+        return logits, None
+
+    def activation_bytes(self, batch: Batch) -> int:
+        """Memory that one forward and backward over ``batch`` keeps for its intermediate values."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        own = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits, _ = self.forward(batch)
+        total = sum(size for pointer, size in kept.items() if pointer not in own)
+        return total + logits.numel() * logits.element_size()
+
+
+@contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Forwards in the body are not passes of an attached curvature optimizer."""
+    collectors = {
+        id(owner): owner
+        for part in module.modules()
+        for hook in part._forward_pre_hooks.values()
+        if isinstance(hook, WeakHook) and isinstance(owner := hook.owner, Collector)
+    }
+    before = [(collector, collector.paused, collector.forward_seen) for collector in collectors.values()]
+    for collector in collectors.values():
+        collector.paused = True
+    try:
+        yield
+    finally:
+        for collector, paused, seen in before:
+            collector.paused, collector.forward_seen = paused, seen
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return _unwrapped(model.module)
+    return model
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def _blocks(module: nn.Module, trainable: Mapping[str, nn.Parameter]) -> tuple[ParameterBlock, ...]:
+    """One block per module that owns trainable parameters; shared ones belong to the first owner."""
+    blocks: list[ParameterBlock] = []
+    start = 0
+    for prefix, part in module.named_modules():
+        names = [f"{prefix}.{name}" if prefix else name for name in part._parameters]
+        names = [name for name in names if name in trainable]
+        if not names:
+            continue
+        shapes = tuple(trainable[name].shape for name in names)
+        block = ParameterBlock(prefix, tuple(names), shapes, start, _adapter(part, names))
+        blocks.append(block)
+        start += block.size
+    assert start == sum(math.prod(p.shape) for p in trainable.values())
+    return tuple(blocks)
+
+
+def _adapter(module: nn.Module, names: list[str]) -> LayerAdapter | None:
+    """The module as a linear map, if its trainable parameters are a weight and perhaps a bias."""
+    adapter = find_adapter(module)
+    own = [name.rpartition(".")[2] for name in names]
+    if adapter is None or "weight" not in own or not set(own) <= {"weight", "bias"}:
+        return None
+    return adapter(module, with_bias="bias" in own)

@@ -1,0 +1,362 @@
+"""An optimizer that is attached to a model: construction, copying, reading, detaching. The step is in ``base``."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from kfac_opt.curvature.block import Damping, State
+from kfac_opt.curvature.collector import Collector, FisherKind
+from kfac_opt.distributed import active_group, rank
+from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
+from kfac_opt.optim import options as checks
+from kfac_opt.optim.estimation import Estimation
+from kfac_opt.optim.loading import by_number, install_saved
+from kfac_opt.optim.options import derive_seed, seeded
+from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, track
+from kfac_opt.optim.views import CurvatureMapping, CurvatureView
+
+LABELS = 1  # purpose numbers of derived seeds
+
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedOptimizer]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """What holds for all parameter groups of an optimizer; see :class:`kfac_opt.KFAC` for the meanings."""
+
+    likelihood: Likelihood | LikelihoodName = "categorical"
+    fisher: FisherKind = "mc"
+    label_samples: int = 1
+    damping_style: Literal["factored", "exact"] = "factored"
+    damping_scale: Literal["relative", "absolute"] = "relative"
+    ramp_steps: int = 10
+    refresh: Literal["staggered", "together"] = "staggered"
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    max_factor_dim: int = 8192
+    outputs: Callable[[Any], Any] | None = None
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    factor_dtype: torch.dtype = torch.float32
+    foreach: bool | None = None
+    process_group: ProcessGroup | None = None
+
+    def check(self, owner: str) -> None:
+        for name, allowed in checks.CHOICES.items():
+            checks.check_choice(owner, name, getattr(self, name), allowed)
+        checks.check_count(owner, "label_samples", self.label_samples)
+        checks.check_count(owner, "ramp_steps", self.ramp_steps, low=0)
+        checks.check_count(owner, "max_factor_dim", self.max_factor_dim)
+        if self.factor_dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{owner}: factor_dtype must be torch.float32 or torch.float64, got {self.factor_dtype}. Factors in half "
+                "precision are not positive definite; model and inputs may be."
+            )
+        if self.outputs is not None and not callable(self.outputs):
+            raise TypeError(f"{owner}: outputs must be a function of the model's output, got {self.outputs!r}")
+
+
+class AttachedOptimizer(Optimizer):
+    """Knows the blocks of its model, keeps their state and arms the hooks that feed them."""
+
+    needs_basis = False
+    zero_damping = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any,
+        defaults: dict[str, Any],
+        options: CurvatureOptions,
+        generator: torch.Generator | None,
+    ) -> None:
+        owner = type(self).__name__
+        checks.check_model(owner, model)
+        options.check(owner)
+        self._options = options
+        self._likelihood = make_likelihood(options.likelihood)
+        self._base_seed = 0
+        if generator is not None:
+            self._base_seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        self._flat: set[str] = set()  # layers that turned out to be used through their weights only
+        self._checked_unused = False
+        self._model: nn.Module | None = None
+        groups = checks.parameter_groups(owner, model, params)
+        super().__init__(groups, defaults)
+        self._attach(model)
+
+    # -- construction, copying ----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters of the same model, with hyper-parameters of their own."""
+        if getattr(self, "_model", None) is not None:
+            param_group = checks.parameter_groups(type(self).__name__, cast(nn.Module, self._model), [param_group])[0]
+        super().add_param_group(param_group)
+        try:
+            checks.check_group(type(self).__name__, self.param_groups[-1], zero_damping=self.zero_damping)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if getattr(self, "_model", None) is not None:
+            self._track()
+            self._arm()
+
+    def _attach(self, model: nn.Module) -> None:
+        root = _unwrapped(model)
+        other = _attached.get(root)
+        if other is not None and other() not in (None, self):
+            raise RuntimeError(
+                f"{type(self).__name__}: another curvature optimizer is attached to this model. Call its detach() or let "
+                "it go out of scope first; give one optimizer several parameter groups instead of two optimizers."
+            )
+        options = self._options
+        self._model = model
+        self._track()  # may raise: nothing is attached before
+        _attached[root] = weakref.ref(self)
+        make_generator = _PassGenerators(self)
+        self._collector = Collector(
+            root,
+            self._likelihood,
+            options.fisher,
+            options.label_samples,
+            options.outputs,
+            options.loss_reduction,
+            make_generator,
+        )
+        self._written: list[tuple[weakref.ref[Tensor], int]] = []
+        self._arm()
+
+    def _track(self) -> None:
+        options = self._options
+        block_options = BlockOptions(
+            options.damping_style,
+            options.weight_sharing,
+            options.max_factor_dim,
+            options.factor_dtype,
+            self.needs_basis,
+        )
+        assert self._model is not None
+        self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)
+        self._estimation = Estimation(
+            self._tracked, options.refresh == "staggered", options.ramp_steps, options.process_group
+        )
+        views = {name: self._view(name, tracked) for name, tracked in self._tracked.items()}
+        self._views = CurvatureMapping(views)
+
+    def _view(self, name: str, tracked: TrackedBlock) -> CurvatureView:
+        this = weakref.proxy(self)
+        return CurvatureView(name, tracked.block, lambda: this._block_state(tracked), lambda: this._damping(tracked))
+
+    def detach(self) -> None:
+        """Removes all hooks and frees the model for another optimizer. ``step()`` raises afterwards."""
+        if self._model is not None:
+            self._collector.detach()
+            _attached.pop(_unwrapped(self._model), None)
+        self._model = None
+
+    def _require_model(self) -> nn.Module:
+        if self._model is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: this optimizer is not attached to a model (it was detached, copied or unpickled "
+                f"without it). Build {type(self).__name__}(model, ...) and load_state_dict() into it."
+            )
+        return self._model
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_base_seed"] = self._base_seed
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_model", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttachedOptimizer:
+        """With the model in the same ``deepcopy((model, optimizer))`` a working pair, alone a detached optimizer."""
+        model = memo.get(id(self._model)) if self._model is not None else None
+        copied = cast(AttachedOptimizer, self.__class__.__new__(self.__class__))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if model is not None:
+            copied._options, copied._likelihood, copied._flat = self._options, self._likelihood, set(self._flat)
+            copied._checked_unused = self._checked_unused
+            copied._attach(model)
+        return copied
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def curvature(self) -> CurvatureMapping:
+        """Curvature by layer name (or parameter name, for parameters outside layers)."""
+        self._require_model()
+        return self._views
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood whose Fisher matrix is estimated."""
+        return self._likelihood
+
+    @property
+    def dropped_estimates(self) -> int:
+        """Passes dropped because their outputs or sums were not finite."""
+        self._require_model()
+        return self._collector.dropped
+
+    def _step_count(self) -> int:
+        """Steps taken, as the state says."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if "step" in self.state.get(parameter, {}):
+                    return int(self.state[parameter]["step"])
+        return 0
+
+    def _block_state(self, tracked: TrackedBlock) -> State | None:
+        return self.state[tracked.weight].get("curvature") if tracked.weight in self.state else None
+
+    def _damping(self, tracked: TrackedBlock) -> Damping:
+        """Damping in force for a block."""
+        return Damping(float(self.param_groups[tracked.group]["damping"]), self._options.damping_scale == "relative")
+
+    # -- contexts -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward passes inside are not estimates."""
+        self._require_model()
+        before, self._collector.paused = self._collector.paused, True
+        try:
+            yield
+        finally:
+            self._collector.paused = before
+
+    @contextmanager
+    def masked(self, mask: Tensor) -> Iterator[None]:
+        """Terms where ``mask`` is False are left out of the Fisher of the passes inside, as they are of the loss.
+
+        Args:
+            mask: bool, the logits' shape without the class dimension (``[batch, time]``, ``[batch]``).
+        """
+        self._require_model()
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"masked: expected a bool tensor, got {found}. Convert it with mask.bool().")
+        before, self._collector.mask = self._collector.mask, mask
+        try:
+            yield
+        finally:
+            self._collector.mask = before
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def _states(self) -> dict[str, State]:
+        return {name: self.state[tracked.weight]["curvature"] for name, tracked in self._tracked.items()}
+
+
+    def _init_state(self) -> None:
+        """Every key of every parameter, so that the state is all there or not at all."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(float(self._step_count()))
+                    state["seed"] = torch.tensor(self._base_seed, dtype=torch.int64)
+                if float(group["momentum"]) > 0.0 and "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        for tracked in self._tracked.values():
+            state = self.state[tracked.weight]
+            if "curvature" not in state:
+                state["curvature"] = tracked.block.init_state(tracked.weight.device)
+
+
+    def _arm(self) -> None:
+        """Hooks on for the next step if it takes an estimate, off if it does not."""
+        step = self._step_count()
+        due = self._estimation.due(step, self.param_groups)
+        if not due:
+            self._collector.detach()
+            return
+        states = {}
+        for name, tracked in due.items():
+            state = self._block_state(tracked)
+            stays = state is not None and tracked.block.ready(state)
+            stays = stays and not self._estimation.refreshes(name, step, self.param_groups)
+            states[name] = state if stays else None
+        self._collector.attach(due, states)
+
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a ``state_dict``: tensors are copied and keep their dtypes; pending passes are dropped.
+
+        Parameter names (as distributed checkpoints write them) and numbers are both understood.
+        """
+        seen: list[dict[str, Any]] = []
+        # Last of the pre-hooks, so that it sees what the others made; first of the post-hooks, so that they see
+        # our tensors and not torch's, which are cast to the dtype of the parameter.
+        before = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+        after = self.register_load_state_dict_post_hook(lambda _: self._install(seen[-1]), prepend=True)
+        try:
+            super().load_state_dict(by_number(state_dict, self._model, self.param_groups))
+        finally:
+            before.remove()
+            after.remove()
+
+    def _install(self, saved: dict[str, Any]) -> None:
+        install_saved(self, saved)
+        seeds = [state["seed"] for state in self.state.values() if "seed" in state]
+        if seeds:
+            self._base_seed = int(seeds[0])
+        if self._model is None:
+            return
+        flat = [
+            name
+            for name, entry in self._tracked.items()
+            if entry.module is not None and "diagonal" in self.state.get(entry.weight, {}).get("curvature", {})
+        ]
+        if flat:
+            self._retrack_flat(flat)
+        self._checked_unused = self._step_count() > 0
+        self._collector.reset()
+        self._arm()
+
+    def _retrack_flat(self, names: list[str]) -> None:
+        """Layers that are used through their weights only get diagonal blocks."""
+        self._flat.update(names)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they have been named before
+            self._track()
+
+
+class _PassGenerators:
+    """A private generator for each pass: from the base seed, the rank, the step and the pass alone."""
+
+    def __init__(self, optimizer: AttachedOptimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+
+    def __call__(self, index: int, device: torch.device) -> torch.Generator:
+        optimizer = self.optimizer()
+        assert optimizer is not None
+        group = active_group(optimizer._options.process_group)
+        seed = derive_seed(optimizer._base_seed, LABELS, rank(group), optimizer._step_count(), index)
+        return seeded(seed, device)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module that runs the layers, behind DistributedDataParallel and torch.compile's wrapper."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model

@@ -1,0 +1,210 @@
+"""``CurvatureOptimizer``: the one ``step()`` that KFAC and its siblings share."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_opt.optim import options as checks
+from kfac_opt.optim.attached import AttachedOptimizer
+from kfac_opt.optim.tracking import TrackedBlock, describe_unused
+from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
+
+
+class CurvatureOptimizer(AttachedOptimizer):
+    """Estimates the curvature of the model it is attached to and preconditions its gradient.
+
+    Not used by itself: :class:`kfac_opt.KFAC` and :class:`kfac_opt.KFACVI` are its two faces.
+    """
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step: curvature, preconditioning, trust region, momentum, decay.
+
+        Args:
+            closure: evaluates the model and returns the loss, as in torch.optim.
+
+        Raises:
+            RuntimeError: when an estimate is due and the model's forward was not seen although there are
+                gradients; when the gradients were already preconditioned; when detached.
+        """
+        self._require_model()
+        loss = self._evaluate(closure) if closure is not None else None
+        with torch.no_grad():
+            self._refuse_written()
+            self._advance_curvature()
+            for number, group in enumerate(self.param_groups):
+                self._step_group(number, group)
+        self._arm()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            return closure()
+
+    @torch.no_grad()
+    def precondition_gradients_(self) -> None:
+        """Replaces every ``.grad`` by its preconditioned direction; no clip, momentum, decay or learning rate.
+
+        For use in front of another optimizer. Counts as one step of the intervals; ``step()`` for the same
+        gradients afterwards is an error.
+        """
+        self._require_model()
+        self._refuse_written()
+        self._advance_curvature()
+        self._written = []
+        for number, group in enumerate(self.param_groups):
+            parameters, _, directions, _, _ = self._directions(number, group, raw=True)
+            for parameter, direction in zip(parameters, directions):
+                assert parameter.grad is not None
+                parameter.grad.copy_(direction)
+                self._written.append((weakref.ref(parameter.grad), parameter.grad._version))
+        self._arm()
+
+    def _refuse_written(self) -> None:
+        for reference, version in self._written:
+            gradient = reference()
+            if gradient is not None and gradient._version == version and self._is_current(gradient):
+                raise RuntimeError(
+                    f"{type(self).__name__}: these gradients were already preconditioned by precondition_gradients_(). Let "
+                    "the other optimizer take the step, then zero_grad() and backward() before the next call."
+                )
+        self._written = []
+
+    def _is_current(self, gradient: Tensor) -> bool:
+        return any(p.grad is gradient for group in self.param_groups for p in group["params"])
+
+    def _advance_curvature(self) -> None:
+        """State, estimates and refreshes of this step; counts it."""
+        self._init_state()
+        step = self._step_count()
+        due = self._estimation.due(step, self.param_groups)
+        pending = None
+        if due:
+            self._refuse_unseen()
+            self._refuse_hidden(due)
+            pending = self._collector.take()
+            self._flatten_unused(due, pending.num_terms)
+        self._estimation.advance(self._states(), pending, step, self.param_groups, self._damping)
+        steps = [self.state[p]["step"] for group in self.param_groups for p in group["params"] if p in self.state]
+        torch._foreach_add_(steps, 1)
+
+    def _refuse_unseen(self) -> None:
+        """An estimate was due and the forward of the model never ran, although there are gradients."""
+        if self._collector.forward_seen:
+            return
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(bool(gradient.any()) for gradient in gradients if not gradient.is_sparse):
+            raise RuntimeError(
+                f"{type(self).__name__}: there are gradients, but the forward of the model was not seen since the last "
+                f"step, so that the estimate that is due has no data. Give {type(self).__name__} the module that you "
+                "call (a part of the model was called, or the forward method directly)."
+            )
+
+    def _refuse_hidden(self, due: dict[str, TrackedBlock]) -> None:
+        for name in self._collector.hidden - self._collector.fired:
+            if name in due and due[name].weight.grad is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: layer '{name}' runs inside a reentrant checkpoint, which hides it from "
+                    "hooks. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                )
+
+    def _flatten_unused(self, due: dict[str, TrackedBlock], num_terms: int) -> None:
+        """Layers used through their weight only (their forward never ran) move to diagonal blocks, once, by name."""
+        if num_terms == 0 or self._checked_unused:
+            return
+        self._checked_unused = True
+        unused = [
+            name
+            for name, entry in due.items()
+            if entry.module is not None
+            and name not in self._collector.fired
+            and any(p.grad is not None and bool(p.grad.any()) for p in entry.parameters)
+        ]
+        if unused:
+            describe_unused(type(self).__name__, unused)
+            self._flatten(unused)
+
+    def _flatten(self, names: list[str]) -> None:
+        for name in names:
+            self.state[self._tracked[name].weight].pop("curvature", None)
+        self._retrack_flat(names)
+        self._init_state()
+
+    # -- directions and update ----------------------------------------------------------------------------------
+
+    def _gradient(self, group: dict[str, Any], name: str, parameter: Tensor, *, raw: bool) -> Tensor | None:
+        """The gradient to precondition: sign for ``maximize``, coupled decay and whatever a subclass adds."""
+        gradient = parameter.grad
+        if gradient is None:
+            return None
+        checks.check_gradient(type(self).__name__, name, gradient)
+        if raw:
+            return gradient
+        if group["maximize"]:
+            gradient = -gradient
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            gradient = gradient.add(parameter, alpha=float(group["weight_decay"]))
+        return gradient
+
+    def _directions(self, number: int, group: dict[str, Any], *, raw: bool = False) -> Directions:
+        """Preconditioned directions of one group, and what the trust region needs to know of them."""
+        found = Directions()
+        covered: set[int] = set()
+        for name, tracked in self._tracked.items():
+            if tracked.group != number:
+                continue
+            covered.update(id(parameter) for parameter in tracked.parameters)
+            gradients = [self._gradient(group, name, parameter, raw=raw) for parameter in tracked.parameters]
+            if any(gradient is not None for gradient in gradients):
+                self._precondition_block(tracked, gradients, found)
+        for parameter in group["params"]:
+            gradient = None if id(parameter) in covered else self._gradient(group, "?", parameter, raw=raw)
+            if gradient is not None:
+                found.add(parameter, gradient, found.num_blocks - 1)
+        return found
+
+    def _precondition_block(self, tracked: TrackedBlock, gradients: list[Tensor | None], found: Directions) -> None:
+        block, layout = tracked.block, tracked.block.layout
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(tracked.parameters, gradients)]
+        matrix = layout.to_matrix(filled[0], filled[1] if len(filled) > 1 else None).to(block.dtype)
+        state = self.state[tracked.weight]["curvature"]
+        if block.ready(state):
+            direction = block.precondition(state, matrix, self._damping(tracked))
+        else:
+            direction = matrix.clone()  # the plain gradient; the trust region bounds it
+        found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), layout.whole_shape[0])
+        for parameter, gradient, part in zip(tracked.parameters, gradients, layout.from_matrix(direction)):
+            if gradient is not None and part is not None:
+                found.add(parameter, part.to(parameter.dtype), found.num_blocks - 1)
+
+    def _step_group(self, number: int, group: dict[str, Any]) -> None:
+        """Trust region, momentum, bound, decay and update of one group."""
+        found = self._directions(number, group)
+        if not found.parameters:
+            return
+        foreach = self._options.foreach is not False
+        lr = float(group["lr"])
+        trust_region = group["curvature"] != "identity"
+        updates = found.directions
+        if trust_region and group["kl_clip"] is not None and found.num_blocks:
+            multiply_(updates, kl_clip_factor(found.inner(), lr, float(group["kl_clip"])), foreach=foreach)
+        if float(group["momentum"]) > 0.0:
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in found.parameters]
+            updates = momentum_(updates, buffers, self._momentum(group), nesterov=group["nesterov"], foreach=foreach)
+        if trust_region and group["max_relative_update"] is not None and found.num_blocks:
+            bound_updates_(updates, found, lr, float(group["max_relative_update"]))
+        apply_(found.parameters, updates, lr, self._decay(group, lr), foreach=foreach)
+
+    def _momentum(self, group: dict[str, Any]) -> float:
+        return float(group["momentum"])
+
+    def _decay(self, group: dict[str, Any], lr: float) -> float:
+        """Decoupled decay of this step."""
+        return lr * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0

@@ -1,0 +1,51 @@
+"""When factors are estimated and when inverses are refreshed: functions of the step count alone.
+
+Resuming at any step therefore needs no further state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def factors_due(step: int, interval: int, ramp_steps: int) -> bool:
+    """Whether step ``step`` (from 0) takes an estimate: every early step, then every ``interval`` steps."""
+    return step < ramp_steps or step % interval == 0
+
+
+def refresh_round(step: int, interval: int, ramp_steps: int) -> tuple[int, int]:
+    """Start and length of the refresh round that ``step`` lies in.
+
+    With a ramp the rounds start at 0, 1, 2, 4, 8, … (the next one after ``max(1, step)`` steps) up to the first
+    power of two that is at least ``interval``, then every ``interval`` steps; without one at its multiples.
+    """
+    if ramp_steps == 0:
+        return step - step % interval, interval
+    ramp_end = 1
+    while ramp_end < interval:
+        ramp_end *= 2
+    if step >= ramp_end:
+        return step - (step - ramp_end) % interval, interval
+    start = 0 if step == 0 else 1 << (step.bit_length() - 1)
+    return start, max(1, start)
+
+
+def refresh_due(step: int, interval: int, ramp_steps: int, phase: float) -> bool:
+    """Whether a layer with this phase in [0, 1) is refreshed at this step: at its share of every round."""
+    start, length = refresh_round(step, interval, ramp_steps)
+    return step == start + int(phase * length)
+
+
+def refresh_phases(costs: Sequence[float], *, staggered: bool) -> list[float]:
+    """Phase of each layer: the share of the total cost that comes before it, so that every step does its part.
+
+    An expensive layer is followed by a gap of its own size. Together means phase 0 for all.
+    """
+    total = sum(costs)
+    if not staggered or total <= 0:
+        return [0.0] * len(costs)
+    phases, before = [], 0.0
+    for cost in costs:
+        phases.append(before / total if cost > 0 else 0.0)
+        before += cost
+    return phases

@@ -1,0 +1,164 @@
+"""Which block each trainable parameter belongs to."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfac_opt.curvature.block import CurvatureBlock
+from kfac_opt.curvature.diagonal import DiagonalBlock, NormBlock
+from kfac_opt.curvature.eigenbasis import EigenbasisBlock
+from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock
+from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
+
+
+@dataclass
+class TrackedBlock:
+    """A block, its parameters, its name (of the layer or of the parameter) and its parameter group."""
+
+    name: str
+    block: CurvatureBlock
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    module: nn.Module | None
+    group: int
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What decides the kind of a block, for all groups."""
+
+    damping_style: DampingStyle
+    weight_sharing: WeightSharing
+    max_factor_dim: int
+    factor_dtype: torch.dtype
+    needs_basis: bool  # posterior samples need eigenbases with every damping style
+
+
+def track(
+    owner: str, model: nn.Module, groups: list[dict[str, Any]], options: BlockOptions, flat: set[str] | None = None
+) -> dict[str, TrackedBlock]:
+    """Blocks by name, in the order of ``named_parameters``.
+
+    Args:
+        flat: names of layers whose parameters get diagonal blocks although their type has an adapter.
+
+    Raises:
+        ValueError: if the weight and the bias of a layer are in different groups.
+    """
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"] if p.requires_grad}
+    layers = _layers(owner, model, group_of, groups, options, flat or set())
+    tracked: dict[str, TrackedBlock] = {}
+    alone: list[str] = []
+    for name, parameter in model.named_parameters():
+        number = group_of.get(id(parameter))
+        if number is None or groups[number]["curvature"] == "identity":
+            continue
+        if id(parameter) in layers:
+            layer = layers[id(parameter)]
+            tracked[layer.name] = layer
+            continue
+        dtype = torch.promote_types(options.factor_dtype, parameter.dtype)
+        block = DiagonalBlock(MatrixLayout("flat", tuple(parameter.shape)), None, dtype)
+        tracked[name] = TrackedBlock(name, block, parameter, None, None, number)
+        if groups[number]["curvature"] != "diagonal":
+            alone.append(name)
+    _announce(owner, alone, tracked)
+    return tracked
+
+
+def _layers(
+    owner: str,
+    model: nn.Module,
+    group_of: dict[int, int],
+    groups: list[dict[str, Any]],
+    options: BlockOptions,
+    flat: set[str],
+) -> dict[int, TrackedBlock]:
+    """Layers with an adapter, by the id of each of their parameters."""
+    owners: dict[int, int] = {}
+    hidden: set[int] = set()  # modules inside MultiheadAttention, whose forward never runs
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        if isinstance(module, nn.MultiheadAttention):
+            hidden.update(id(part) for part in module.modules())
+    layers: dict[int, TrackedBlock] = {}
+    for name, module in model.named_modules():
+        adapter = find_adapter(module)
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if adapter is None or weight is None or id(module) in hidden or name in flat:
+            continue
+        number = group_of.get(id(weight))
+        if number is None or owners[id(weight)] != 1:
+            continue
+        if groups[number]["curvature"] in ("diagonal", "identity"):
+            continue
+        if bias is not None and (id(bias) not in group_of or owners[id(bias)] != 1):
+            bias = None
+        if bias is not None and group_of[id(bias)] != number:
+            raise ValueError(
+                f"{owner}: the weight and the bias of '{name}' are in different parameter groups ({number} and "
+                f"{group_of[id(bias)]}), but a layer is preconditioned as one matrix. Put both into one group."
+            )
+        block = _block(adapter(module, bias is not None), groups[number]["curvature"], weight.dtype, options)
+        layer = TrackedBlock(name, block, weight, bias, module, number)
+        layers.update((id(parameter), layer) for parameter in layer.parameters)
+    return layers
+
+
+def _block(adapter: LayerAdapter, curvature: str, dtype: torch.dtype, options: BlockOptions) -> CurvatureBlock:
+    dtype = torch.promote_types(options.factor_dtype, dtype)
+    if adapter.structure == "norm":
+        return NormBlock(adapter.layout, adapter, dtype, options.weight_sharing)
+    if curvature == "eigenbasis":
+        return EigenbasisBlock(adapter, dtype, options.weight_sharing, max_factor_dim=options.max_factor_dim)
+    return KroneckerBlock(
+        adapter,
+        dtype,
+        options.weight_sharing,
+        style=options.damping_style,
+        max_factor_dim=options.max_factor_dim,
+        basis=options.needs_basis,
+    )
+
+
+def _announce(owner: str, alone: list[str], tracked: dict[str, TrackedBlock]) -> None:
+    """Says once which parameters have no Kronecker block, and which sides of one are diagonal."""
+    sides = [
+        f"'{name}' ({side} side, {block.dims[side]})"
+        for name, block in ((name, entry.block) for name, entry in tracked.items())
+        if isinstance(block, KroneckerBlock)
+        for side in ("input", "output")
+        if not block.dense_sides[side] and not (side == "input" and block.layer.diagonal_input)
+    ]
+    if alone:
+        warnings.warn(
+            f"{owner}: no layer adapter covers {', '.join(repr(name) for name in alone)}; diagonal curvature "
+            "(Gauss-Newton-Bartlett) is used there. register_layer adds adapters.",
+            stacklevel=4,
+        )
+    if sides:
+        warnings.warn(
+            f"{owner}: larger than max_factor_dim, so that a diagonal factor is used: {', '.join(sides)}.", stacklevel=4
+        )
+
+
+def describe_unused(owner: str, names: list[str]) -> None:
+    """Says that layers were used through their weights only."""
+    warnings.warn(
+        f"{owner}: the forward of {', '.join(repr(name) for name in names)} never ran although the weight has a gradient "
+        "(it is used through its weight only); diagonal curvature is used there from now on.",
+        stacklevel=3,
+    )
+
+

@@ -1,0 +1,162 @@
+"""Configs: typed, overridable, and no unknown key passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from benchmarks.common.comparison import ComparisonConfig
+from benchmarks.common.config import LOCAL, ConfigError, load_config, parse_arguments, resolved
+from benchmarks.robustness import RobustnessConfig
+from benchmarks.step_time import StepTimeConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = [
+    (kind, path)
+    for kind, folder in (
+        (ComparisonConfig, "compare_optimizers"),
+        (RobustnessConfig, "robustness"),
+        (StepTimeConfig, "step_time"),
+    )
+    for path in sorted((CONFIGS / folder).glob("*.yaml"))
+]
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    kind: Literal["small", "large"] = "small"
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ValueError(f"rate must be > 0, got {self.rate}")
+
+
+@dataclass(frozen=True)
+class Outer:
+    steps: int
+    inner: Inner = field(default_factory=Inner)
+    limit: int | None = None
+    sizes: list[int] = field(default_factory=list)
+    free: dict[str, Any] = field(default_factory=dict)
+    out: Path = field(default=Path("out"), metadata=LOCAL)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("steps: 5\ninner: {rate: 1e-3}\nfree: {lr: 2e-4, name: 3e}\n")
+    return path
+
+
+def test_exponents_without_a_point_are_numbers(config_file: Path):
+    config = load_config(Outer, config_file)
+    assert config.inner.rate == 1e-3
+    assert config.free == {"lr": 2e-4, "name": "3e"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "inner.rate=0.5"], 0.5),
+        (["--inner.rate", "0.5"], 0.5),
+        (["--inner.rate=5e-1"], 0.5),
+        (["--inner.rate", "1"], 1.0),
+    ],
+)
+def test_every_value_can_be_overridden_on_the_command_line(config_file: Path, arguments: list[str], expected: float):
+    config = parse_arguments(Outer, ["--config", str(config_file), *arguments], description="test")
+    assert config.inner.rate == expected
+    assert config.steps == 5
+
+
+def test_negative_values_and_lists_can_be_given_as_flags(config_file: Path):
+    config = parse_arguments(
+        Outer, ["--config", str(config_file), "--limit", "-3", "--sizes", "[1, 2]"], description="test"
+    )
+    assert (config.limit, config.sizes) == (-3, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("inner.rat", 1.0), r"unknown key 'inner\.rat'; allowed: kind, rate\. Did you mean 'rate'\?"),
+        (("stepz", 1), r"unknown key 'stepz'; allowed: free, inner, limit, out, sizes, steps"),
+        (("steps", 1.5), r"key 'steps' must be a whole number, got 1\.5"),
+        (("steps", True), r"key 'steps' must be a whole number, got True"),
+        (("inner.rate", "fast"), r"key 'inner\.rate' must be a number, got 'fast'"),
+        (("inner.kind", "medium"), r"key 'inner\.kind' must be one of small, large, got 'medium'"),
+        (("inner", 3), r"key 'inner' must be a mapping with the keys rate, kind, got 3"),
+        (("sizes", 3), r"key 'sizes' must be a list, got 3"),
+        (("sizes", [1, "x"]), r"key 'sizes\[1\]' must be a whole number, got 'x'"),
+        (("free", 3), r"key 'free' must be a mapping, got 3"),
+        (("inner.rate", -1.0), r"inner: rate must be > 0, got -1\.0"),
+        (("steps.deep", 1), r"cannot set 'steps\.deep': 'steps' holds the value 5, not a mapping"),
+    ],
+)
+def test_wrong_values_are_named_with_what_is_allowed(config_file: Path, override: tuple[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, config_file, [override])
+
+
+def test_a_missing_key_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="key 'steps' is missing"):
+        load_config(Outer, None)
+
+
+def test_a_missing_file_and_a_file_without_keys_are_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(Outer, tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(Outer, tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--stepz", "1"], ["5"], ["--steps"], ["--set", "steps"], ["--steps", "--limit"]]
+)
+def test_the_command_line_ends_with_a_message_instead_of_a_traceback(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(Outer, ["--config", str(config_file), *arguments], description="test")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip()
+
+
+def test_paths_of_one_machine_are_not_stored_with_results(config_file: Path):
+    config = load_config(Outer, config_file, [("out", "/somewhere/private")])
+    assert resolved(config) == {
+        "steps": 5,
+        "inner": {"rate": 1e-3, "kind": "small"},
+        "limit": None,
+        "sizes": [],
+        "free": {"lr": 2e-4, "name": "3e"},
+    }
+    assert resolved(config, include_local=True)["out"] == "/somewhere/private"
+
+
+@pytest.mark.parametrize(("kind", "path"), SHIPPED, ids=[f"{path.parent.name}/{path.stem}" for _, path in SHIPPED])
+def test_shipped_configs_are_valid(kind: type, path: Path):
+    config = load_config(kind, path)
+    assert load_config(kind, None, list(resolved(config).items())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("reference", "rmsprop"), "key 'reference' must be one of the optimizers"),
+        (("optimizers.rmsprop", {}), "unknown optimizer 'rmsprop'; allowed: sgd, adamw"),
+        (("optimizers.sgd.search.lr", {"low": 1.0, "high": 0.1}), r"optimizers\.sgd\.search\.lr: .*low < high"),
+        (("optimizers.sgd.search.lr", {"low": 0.0, "high": 0.1, "log": True}), "logarithmic range needs low > 0"),
+        (("num_seeds", 0), "num_seeds must be >= 1, got 0"),
+        (("search.num_trials", 0), "num_trials must be >= 1, got 0"),
+        (("task.steps", 0), "task: steps must be >= 1, got 0"),
+    ],
+)
+def test_wrong_comparisons_are_refused(override: tuple[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(ComparisonConfig, CONFIGS / "compare_optimizers" / "digits_mlp.yaml", [override])

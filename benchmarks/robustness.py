@@ -140,15 +140,15 @@ def cells(config: RobustnessConfig) -> Iterator[Cell]:
 def find_target(config: RobustnessConfig, task: Task) -> float:
     """Lowest final training loss that the target's optimizer finds in its search."""
     target = config.target
-    seed = target.search.training_seed
+    seeds = target.search.training_seeds
 
     def objective(settings: dict[str, Any]) -> float:
         def build(model: nn.Module) -> torch.optim.Optimizer:
-            return build_optimizer(target.optimizer, model, settings, config.task.likelihood, seed)
+            return build_optimizer(target.optimizer, model, settings, config.task.likelihood)
 
-        return train(task, build, seed, with_test=False).final_loss
+        return sum(train(task, build, seed, with_test=False).final_loss for seed in seeds) / len(seeds)
 
-    worst = 10.0 * task.evaluate(task.build_model(seed), "train").loss
+    worst = 10.0 * task.evaluate(task.build_model(seeds[0]), "train").loss
     study = f"{config.name}-{target.optimizer}-{fingerprint([resolved(config.task), resolved(target), config.device])}"
     storage = config.out / config.name / "search.sqlite3"
     with progress(target.search.num_trials, f"{config.name}: target") as display:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 # fp32 Cholesky returns garbage without an error on a rank-deficient factor at relative damping 1e-5;
 # from 1e-4 of the mean eigenvalue upwards it is exact to rounding.
 FP32_DAMPING_FLOOR = 1e-4
@@ -87,10 +89,10 @@ def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(factor)
         if factor.dtype != torch.float64 and not bool(torch.isfinite(values).all()):
             values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         try:
             values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             raise FactorizationError("the eigendecomposition failed in double precision as well") from error
     if not bool(torch.isfinite(values).all()):
         raise FactorizationError("the factor has entries that are not finite")

@@ -423,14 +423,14 @@ def factored_solve(input_factor: Tensor, output_factor: Tensor, damping: float, 
 
 def eigenbasis_scales(per_example: Tensor, terms: int, input_basis: Tensor, output_basis: Tensor) -> Tensor:
     """EKFAC scales ``[out, in]``: second moments of the per-example gradients in ``Q_A ⊗ Q_G``."""
-    basis = torch.kron(input_basis, output_basis)
+    basis = torch.kron(input_basis.contiguous(), output_basis.contiguous())
     scales = torch.stack([(basis.T @ block @ basis).diagonal() for block in per_example]).sum(0) / terms
     return unvec(scales, len(output_basis))
 
 
 def dense_eigenbasis(scales: Tensor, input_basis: Tensor, output_basis: Tensor) -> Tensor:
     """``(Q_A ⊗ Q_G) diag(s) (Q_A ⊗ Q_G)^T``."""
-    basis = torch.kron(input_basis, output_basis)
+    basis = torch.kron(input_basis.contiguous(), output_basis.contiguous())
     return basis @ torch.diag(vec(scales)) @ basis.T
 
 

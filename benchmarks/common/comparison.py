@@ -110,7 +110,7 @@ def _applicable(config: ComparisonConfig, task: Task) -> list[str]:
 def _study_name(config: ComparisonConfig, name: str) -> str:
     """Another task, range or seed is another study: old trials must not be taken for new ones."""
     identity = [resolved(config.task), resolved(config.optimizers[name]), config.search.seed, config.device]
-    identity += [config.search.training_seed, default_settings(name)]
+    identity += [config.search.training_seeds, default_settings(name)]
     return f"{config.name}-{name}-{fingerprint(identity)}"
 
 
@@ -124,11 +124,12 @@ def _factory(config: ComparisonConfig, optimizer: str, settings: dict[str, Any],
 def _search(
     config: ComparisonConfig, task: Task, name: str, study: str, storage: str, display: Progress
 ) -> SearchResult:
-    initial_loss = task.evaluate(task.build_model(config.search.training_seed), "train").loss
+    seeds = config.search.training_seeds
+    initial_loss = task.evaluate(task.build_model(seeds[0]), "train").loss
 
     def objective(settings: dict[str, Any]) -> float:
-        seed = config.search.training_seed
-        return train(task, _factory(config, name, settings, seed), seed, with_test=False).final_loss
+        runs = (train(task, _factory(config, name, settings, seed), seed, with_test=False) for seed in seeds)
+        return sum(run.final_loss for run in runs) / len(seeds)
 
     return search(
         study,

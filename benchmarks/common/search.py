@@ -39,16 +39,19 @@ class SearchConfig:
     Attributes:
         num_trials: runs for each optimizer, the same for all.
         seed: of the sampler; the same seed gives the same trials, also after an interruption.
-        training_seed: of weights and batches during the search.
+        training_seeds: of weights and batches during the search; the value of a trial is the mean over them, so
+            that no setting wins by one lucky run.
     """
 
     num_trials: int = 20
     seed: int = 0
-    training_seed: int = 1000
+    training_seeds: list[int] = field(default_factory=lambda: [1000])
 
     def __post_init__(self) -> None:
         if self.num_trials < 1:
             raise ValueError(f"num_trials must be >= 1, got {self.num_trials}")
+        if not self.training_seeds:
+            raise ValueError("training_seeds must name at least one seed, got none")
 
 
 @dataclass(frozen=True)

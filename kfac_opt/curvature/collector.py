@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
@@ -26,10 +26,14 @@ WATCHED_PASSES = 3  # first passes whose loss is held against the likelihood
 class Tracked(Protocol):
     """One block and the parameters it belongs to; ``module`` is None for a parameter of its own."""
 
-    name: str
-    block: CurvatureBlock
-    weight: nn.Parameter
-    module: nn.Module | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def block(self) -> CurvatureBlock: ...
+    @property
+    def weight(self) -> nn.Parameter: ...
+    @property
+    def module(self) -> nn.Module | None: ...
 
 
 @dataclass
@@ -91,8 +95,8 @@ class Collector:
         self.mask: Tensor | None = None
         self.hidden: set[str] = set()  # layers that ran with gradients disabled inside a pass with gradients
         self.fired: set[str] = set()  # layers whose hook ever ran
-        self._due: dict[str, Tracked] = {}
-        self._states: dict[str, State | None] = {}
+        self._due: Mapping[str, Tracked] = {}
+        self._states: Mapping[str, State | None] = {}
         self._pass: Pass | None = None
         self._depth = 0
         self._pass_index = 0
@@ -106,7 +110,7 @@ class Collector:
     def attached(self) -> bool:
         return bool(self._handles)
 
-    def attach(self, due: dict[str, Tracked], states: dict[str, State | None]) -> None:
+    def attach(self, due: Mapping[str, Tracked], states: Mapping[str, State | None]) -> None:
         """Hooks the layers that are due. ``states``: bases in force, or None where examples wait for a new one."""
         self.detach()
         self._due, self._states = due, states
@@ -235,9 +239,9 @@ class Collector:
         generator = self.make_generator(self._pass_index, logits.device)
         self._pass_index += 1
         owners = [(name, index) for name, edges in current.edges.items() for index in range(len(edges))]
-        edges: list[GradientEdge | Tensor] = [current.edges[name][index] for name, index in owners]
+        edges = [current.edges[name][index] for name, index in owners]
         alone = [tracked for tracked in self._due.values() if tracked.module is None]
-        targets = [*edges, *(tracked.weight for tracked in alone)]
+        targets: Any = [*edges, *(tracked.weight for tracked in alone)]
         if not targets:
             return
         columns = output_gradients(

@@ -6,10 +6,12 @@ optimizers, A sets, B sets, A lifts, B lifts would leave the eager stance for ev
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _holders: set[int] = set()
-_stance: list[torch.compiler.set_stance] = []
+_stance: list[Any] = []
 
 
 def hold_eager(holder: int) -> None:

@@ -85,9 +85,7 @@ class OutputTerms:
 
     def term_shape(self, outputs: Tensor) -> torch.Size:
         """The outputs' shape with 1 in the dimensions that belong to one term."""
-        return self.likelihood.term_signs(torch.empty(outputs.shape), torch.Generator()).expand(
-            outputs.shape[0], *([-1] * (outputs.dim() - 1))
-        ).shape
+        return self.likelihood.term_signs(torch.empty(outputs.shape), torch.Generator()).shape
 
     def term_keep(self, outputs: Tensor, mask: Tensor | None) -> Tensor:
         """Bool ``[terms]``: the terms of the batch that count, in order."""
@@ -98,7 +96,9 @@ class OutputTerms:
         assert keep is not None
         dims = [d for d, (term, full) in enumerate(zip(shape, outputs.shape)) if term != full]
         keep = keep.expand(outputs.shape)
-        return (keep.any(dims[0], keepdim=True) if len(dims) == 1 else _any(keep, dims)).reshape(-1)
+        for dim in dims:
+            keep = keep.any(dim, keepdim=True)
+        return keep.reshape(-1)
 
     def draw(self, outputs: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
         """Labels ``[terms that count, m, ...]`` from the model, drawn on the generator's device."""
@@ -179,9 +179,3 @@ class OutputTerms:
                 f"[0, {classes - 1}]. Mask padded terms with outputs=lambda output: (logits, mask)."
             )
         return targets
-
-
-def _any(values: Tensor, dims: list[int]) -> Tensor:
-    for dim in dims:
-        values = values.any(dim, keepdim=True)
-    return values

@@ -183,7 +183,7 @@ class AttachedOptimizer(Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedOptimizer:
         """With the model in the same ``deepcopy((model, optimizer))`` a working pair, alone a detached optimizer."""
         model = memo.get(id(self._model)) if self._model is not None else None
-        copied = cast(AttachedOptimizer, self.__class__.__new__(self.__class__))
+        copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         if model is not None:

@@ -60,8 +60,8 @@ class CurvatureOptimizer(AttachedOptimizer):
         self._advance_curvature()
         self._written = []
         for number, group in enumerate(self.param_groups):
-            parameters, _, directions, _, _ = self._directions(number, group, raw=True)
-            for parameter, direction in zip(parameters, directions):
+            found = self._directions(number, group, raw=True)
+            for parameter, direction in zip(found.parameters, found.directions):
                 assert parameter.grad is not None
                 parameter.grad.copy_(direction)
                 self._written.append((weakref.ref(parameter.grad), parameter.grad._version))

@@ -5,6 +5,7 @@ Everything works on lists of tensors and reads no value back to the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,8 +45,13 @@ class Directions:
 
     def inner(self) -> Tensor:
         """``Σ <V_l, d_l>``, 0-dim."""
-        device = self.products[0].device
-        return torch.stack([product.to(device, torch.float32) for product in self.products]).sum()
+        return torch.stack(_gathered(self.products)).sum()
+
+
+def _gathered(scalars: Sequence[Tensor]) -> list[Tensor]:
+    """0-dim tensors on one device and in one dtype, single precision or better."""
+    dtype = torch.float64 if any(scalar.dtype == torch.float64 for scalar in scalars) else torch.float32
+    return [scalar.to(scalars[0].device, dtype) for scalar in scalars]
 
 
 def kl_clip_factor(inner: Tensor, lr: float, kl_clip: float) -> Tensor:
@@ -94,13 +100,12 @@ def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_rela
     if not updates or lr == 0.0:
         return
     device = updates[0].device
-    norms = [norm.to(device, torch.float32) for norm in torch._foreach_norm([*updates, *found.parameters])]
     index = torch.tensor(found.blocks, device=device)
-    squares = torch.stack(norms).square().unflatten(0, (2, len(updates)))
+    squares = torch.stack(_gathered(torch._foreach_norm([*updates, *found.parameters]))).square().unflatten(0, (2, len(updates)))
     total = squares.new_zeros(2, found.num_blocks).index_add_(1, index, squares).sqrt()
-    floor = RELATIVE_FLOOR * torch.tensor(found.out_dims, device=device, dtype=torch.float32).sqrt()
+    floor = RELATIVE_FLOOR * torch.tensor(found.out_dims, device=device, dtype=squares.dtype).sqrt()
     allowed = max_relative_update * torch.maximum(total[1], floor)
-    factors = (allowed / (lr * total[0]).clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+    factors = (allowed / (lr * total[0]).clamp_min(torch.finfo(squares.dtype).tiny)).clamp_max(1.0)
     for update, factor in zip(updates, factors[index].unbind()):
         update.mul_(factor.to(update.device, update.dtype))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from kfac_opt.likelihoods import Categorical, Gaussian, Likelihood
 from kfac_opt.posterior import Posterior, load_weights_, parameters_of, restored_weights
 
-Inputs = Union[Tensor, Mapping[str, Any], Iterable[Any]]
+Inputs = Tensor | Mapping[str, Any] | Iterable[Any]
 Outputs = Callable[[Any], Tensor]
 
 # One CPU thread, LeNet5 and small MLPs: up to this batch size the loop's overhead per call is larger than what
@@ -45,7 +45,7 @@ class Prediction:
 
     @property
     def mutual_information(self) -> Tensor:
-        """Between the label and the weights, in nats: what the ensemble disagrees about. ``entropy - expected_entropy``."""
+        """``entropy - expected_entropy``: between the label and the weights, what the ensemble disagrees about (nats)."""
         return self.entropy - self.expected_entropy
 
 

@@ -118,6 +118,7 @@ class CurvatureBlock(ABC):
         """All state, zeros. ``weight`` (of the factor average) and counts live on the CPU: reading them is free."""
         return {
             "weight": torch.zeros((), dtype=torch.float64),
+            "estimates": torch.zeros((), dtype=torch.int64),
             "scale": torch.zeros((), dtype=self.dtype, device=device),
             "scale_max": torch.zeros((), dtype=self.dtype, device=device),
         }
@@ -174,3 +175,5 @@ def average_into(average: Tensor, estimate: Tensor, decay: float) -> None:
 def average_weight(state: State, decay: float, name: str = "weight") -> None:
     """``w ← d w + (1 − d)``: the weight of an average that started from zero."""
     state[name].mul_(decay).add_(1.0 - decay)
+    if name == "weight":
+        state["estimates"] += 1

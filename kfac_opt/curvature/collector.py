@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -119,7 +120,8 @@ class Collector:
                 hook = WeakHook(self, "on_layer", name)
                 self._handles.append(tracked.module.register_forward_hook(hook, with_kwargs=True))
         self._handles.append(self.root.register_forward_pre_hook(WeakHook(self, "on_root_start"), with_kwargs=True))
-        self._handles.append(self.root.register_forward_hook(WeakHook(self, "on_root_end"), with_kwargs=True))
+        end = WeakHook(self, "on_root_end")
+        self._handles.append(self.root.register_forward_hook(end, with_kwargs=True, always_call=True))
         hold_eager(id(self))
 
     def detach(self) -> None:
@@ -187,8 +189,8 @@ class Collector:
         if self._depth > 0:
             return
         current, self._pass = self._pass, None  # disarmed: recomputed layers must not count twice
-        if current is None:
-            return
+        if current is None or (output is None and sys.exc_info()[0] is not None):
+            return  # the forward raised: no pass
         logits, mask = self._logits(output)
         self.likelihood.check(logits)
         if not logits.requires_grad:
@@ -254,7 +256,7 @@ class Collector:
         )
         with _full_precision(logits.device):
             for column in columns:
-                found = torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
+                found = self._gradients(logits, targets, column)
                 with torch.no_grad():
                     arrived: dict[str, list[Tensor | None]] = {}
                     for (name, _), gradient in zip(owners, found):
@@ -268,6 +270,18 @@ class Collector:
         if self._finite(current):
             self.pending.num_terms += current.num_terms
             self._keep(current)
+
+    def _gradients(self, logits: Tensor, targets: Any, column: Tensor) -> tuple[Tensor | None, ...]:
+        try:
+            return torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            names = ", ".join(repr(name) for name in sorted(self.hidden)) or "a layer"
+            raise RuntimeError(
+                f"{names} runs inside a reentrant checkpoint, which hides it from hooks and from autograd.grad. Use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            ) from error
 
     def _add_output(self, current: Pass, name: str, gradients: list[Tensor | None]) -> None:
         pairs = [(call, g.detach()) for call, g in zip(current.calls[name], gradients) if g is not None]
@@ -325,10 +339,18 @@ class Collector:
             # The squared gradient of the sum over all examples: biased, since labels of the data have no mean zero.
             scale = pending.num_terms if self.loss_reduction == "mean" else 1.0
             gradient = cast(Tensor, tracked.weight.grad) * scale
-            if bool(torch.isfinite(gradient).all()):
+            if not bool(torch.isfinite(gradient).all()):
+                self.dropped += 1
+                break
+            else:
                 statistics = pending.statistics.setdefault(tracked.name, Statistics())
                 tracked.block.add_output(statistics, [], [gradient], None)
         pending.settled = []
+
+    def count_dropped(self) -> int:
+        """Passes dropped so far, those included whose backward has just come."""
+        self._settle()
+        return self.dropped
 
     # -- handing over -------------------------------------------------------------------------------------------
 

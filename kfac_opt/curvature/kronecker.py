@@ -87,6 +87,7 @@ class KroneckerBlock(CurvatureBlock):
         state = super().init_state(device)
         state["refreshes"] = torch.zeros((), dtype=torch.int64)
         state["failures"] = torch.zeros((), dtype=torch.int64)
+        state["refreshed_estimates"] = torch.zeros((), dtype=torch.int64)
         for side in SIDES:
             n = self.dims[side]
             size = triangle_size(n) if self.dense_sides[side] else n
@@ -143,6 +144,8 @@ class KroneckerBlock(CurvatureBlock):
         """
         if not super().ready(state):
             return
+        if self.in_basis and torch.equal(state["refreshed_estimates"], state["estimates"]):
+            return  # bases do not depend on the damping, and the factors have not moved
         factors = {side: self.factor(state, side) for side in SIDES}
         try:
             new = self._bases(factors) if self.in_basis else self._inverses(state, factors, damping)
@@ -156,6 +159,7 @@ class KroneckerBlock(CurvatureBlock):
             return
         self._install(state, new)
         state["failures"].zero_()
+        state["refreshed_estimates"].copy_(state["estimates"])
         state["refreshes"] += 1
 
     def _install(self, state: State, new: State) -> None:

@@ -47,7 +47,6 @@ class RepeatedData:
     Args:
         data: a tensor of inputs, an ``(inputs, targets)`` pair, or an iterable of such (a DataLoader). ``inputs``
             may also be a tuple of positional or a mapping of keyword arguments of the model.
-        device: where batches are moved.
         owner: name for error messages.
 
     A loader that shuffles or augments draws from torch's global generator; every pass sees the generator as it
@@ -56,8 +55,8 @@ class RepeatedData:
     fingerprint of every batch and raised.
     """
 
-    def __init__(self, data: Any, device: torch.device, owner: str) -> None:
-        self.device, self.owner = device, owner
+    def __init__(self, data: Any, owner: str) -> None:
+        self.owner = owner
         self.batches: Iterable[Any] = [data] if _is_single(data) else data
         if not isinstance(self.batches, Iterable):
             raise TypeError(
@@ -70,19 +69,13 @@ class RepeatedData:
         self.random_state = torch.random.get_rng_state()
         self.fingerprints: list[tuple[int, float]] | None = None
 
-    def passes(self, visit: Callable[[Batch, int], None]) -> None:
-        """Calls ``visit(batch, index of its first example)`` for every batch.
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over all batches.
 
         Raises:
             ValueError: no examples, or other examples than in the first pass.
             TypeError: an element that is neither a tensor nor a pair.
         """
-        first = 0
-        for batch in self:
-            visit(batch, first)
-            first += batch.size
-
-    def __iter__(self) -> Iterator[Batch]:
         seen: list[tuple[int, float]] = []
         expected = self.fingerprints
         source = self._elements()
@@ -92,7 +85,7 @@ class RepeatedData:
             if expected is not None:
                 self._compare(expected, mark, len(seen))
             seen.append(mark)
-            yield batch.to(self.device)
+            yield batch
         if not seen or sum(size for size, _ in seen) == 0:
             raise ValueError(
                 f"{self.owner}: the data holds no examples{' in this pass' if expected else ''}. Give at least one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ def _rows(features: Tensor) -> Tensor:
     """``[1, batch, shared, features]``: every dimension between the first and the last counts as positions."""
     if features.dim() == 1:
         return features.reshape(1, 1, 1, -1)
-    return features.reshape(1, features.shape[0], -1, features.shape[-1])
+    return features.reshape(1, features.shape[0], math.prod(features.shape[1:-1]), features.shape[-1])
 
 
 @register_layer(nn.Linear)

@@ -100,6 +100,7 @@ class AttachedOptimizer(Optimizer):
         """Adds parameters of the same model, with hyper-parameters of their own."""
         if getattr(self, "_model", None) is not None:
             param_group = checks.parameter_groups(type(self).__name__, cast(nn.Module, self._model), [param_group])[0]
+        checks.check_keys(type(self).__name__, param_group, self.defaults)
         super().add_param_group(param_group)
         try:
             checks.check_group(type(self).__name__, self.param_groups[-1], zero_damping=self.zero_damping)
@@ -115,8 +116,8 @@ class AttachedOptimizer(Optimizer):
         other = _attached.get(root)
         if other is not None and other() not in (None, self):
             raise RuntimeError(
-                f"{type(self).__name__}: another curvature optimizer is attached to this model. Call its detach() or let "
-                "it go out of scope first; give one optimizer several parameter groups instead of two optimizers."
+                f"{type(self).__name__}: another curvature optimizer is already attached to this model. Call its detach() "
+                "or let it go out of scope first; give one optimizer several parameter groups instead of two optimizers."
             )
         options = self._options
         self._model = model
@@ -209,7 +210,7 @@ class AttachedOptimizer(Optimizer):
     def dropped_estimates(self) -> int:
         """Passes dropped because their outputs or sums were not finite."""
         self._require_model()
-        return self._collector.dropped
+        return self._collector.count_dropped()
 
     def _step_count(self) -> int:
         """Steps taken, as the state says."""
@@ -261,6 +262,10 @@ class AttachedOptimizer(Optimizer):
         return {name: self.state[tracked.weight]["curvature"] for name, tracked in self._tracked.items()}
 
 
+    def _known_states(self) -> dict[str, State]:
+        known = {name: self._block_state(tracked) for name, tracked in self._tracked.items()}
+        return {name: state for name, state in known.items() if state is not None}
+
     def _init_state(self) -> None:
         """Every key of every parameter, so that the state is all there or not at all."""
         for group in self.param_groups:
@@ -280,7 +285,7 @@ class AttachedOptimizer(Optimizer):
     def _arm(self) -> None:
         """Hooks on for the next step if it takes an estimate, off if it does not."""
         step = self._step_count()
-        due = self._estimation.due(step, self.param_groups)
+        due = self._estimation.due(step, self.param_groups, self._known_states())
         if not due:
             self._collector.detach()
             return

@@ -84,7 +84,7 @@ class CurvatureOptimizer(AttachedOptimizer):
         """State, estimates and refreshes of this step; counts it."""
         self._init_state()
         step = self._step_count()
-        due = self._estimation.due(step, self.param_groups)
+        due = self._estimation.due(step, self.param_groups, self._states())
         pending = None
         if due:
             self._refuse_unseen()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ class Estimation:
         costs = [entry.block.refresh_cost() for entry in tracked.values()]
         self.phases = dict(zip(tracked, refresh_phases(costs, staggered=staggered)))
 
-    def due(self, step: int, groups: Groups) -> dict[str, TrackedBlock]:
-        """Blocks that take an estimate at this step."""
+    def due(self, step: int, groups: Groups, states: Mapping[str, State]) -> dict[str, TrackedBlock]:
+        """Blocks that take an estimate at this step: by the schedule, or because there is no estimate at all yet."""
+        first = all(float(state["weight"]) == 0.0 for state in states.values())
         return {
             name: entry
             for name, entry in self.tracked.items()
-            if factors_due(step, int(groups[entry.group]["factor_interval"]), self.ramp_steps)
+            if first or factors_due(step, int(groups[entry.group]["factor_interval"]), self.ramp_steps)
         }
 
     def refreshes(self, name: str, step: int, groups: Groups) -> bool:
@@ -64,7 +65,7 @@ class Estimation:
     ) -> None:
         """Sums over ranks, factors take the estimate, bases and inverses that are due follow, then the scales."""
         group = active_group(self.process_group)
-        due = self.due(step, groups) if pending is not None else {}
+        due = self.due(step, groups, states) if pending is not None else {}
         waiting = {n: e for n, e in due.items() if self._waits(n, states[n], step, groups)}
         num_terms = 0
         if pending is not None:
@@ -156,7 +157,7 @@ class Estimation:
         for name, owner in zip(chosen, owners):
             block, state = self.tracked[name].block, states[name]
             tensors = block.refreshed_tensors(state)
-            for key in ("refreshes", "failures"):
+            for key in ("refreshes", "failures", "refreshed_estimates"):
                 if key in state:
                     carrier = state[key].to(tensors[0].device)  # NCCL moves no CPU tensors
                     counters.append((state[key], carrier))

@@ -64,7 +64,7 @@ def install_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             optimizer.state[parameter] = copied(saved["state"][key], parameter.device)
 
 
-HOST_KEYS = ("step", "seed", "weight", "scales_weight", "refreshes", "failures")
+HOST_KEYS = ("step", "seed", "weight", "scales_weight", "refreshes", "failures", "estimates", "refreshed_estimates")
 
 
 def copied(value: Any, device: torch.device, name: str = "") -> Any:

@@ -48,6 +48,17 @@ def check_count(owner: str, name: str, value: object, *, low: int = 1) -> None:
         raise ValueError(f"{owner}: {name} must be an integer >= {low}, got {value!r}")
 
 
+# Keys that torch and its schedulers keep in a group beside the optimizer's own.
+FOREIGN_KEYS = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
+
+def check_keys(owner: str, group: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises for a key that no option has: a misspelt one would be ignored in silence."""
+    unknown = sorted(set(group) - set(known) - set(FOREIGN_KEYS))
+    if unknown:
+        raise ValueError(f"{owner}: unknown option {unknown[0]!r} in a parameter group; allowed are {sorted(known)}")
+
+
 def check_group(owner: str, group: Mapping[str, Any], *, zero_damping: bool) -> None:
     """Ranges of everything that may differ between parameter groups."""
     check_number(owner, "lr", group["lr"], low=0.0)
@@ -103,7 +114,8 @@ def parameter_groups(owner: str, model: nn.Module, params: object) -> list[dict[
     """
     if params is None:
         params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if isinstance(params, (int, float, str)) or not isinstance(params, Iterable):
+    scalar = isinstance(params, Tensor) and params.dim() == 0
+    if scalar or isinstance(params, (int, float, str)) or not isinstance(params, Iterable):
         raise TypeError(
             f"{owner}: params must be None (all trainable parameters), an iterable of parameters or of groups, got "
             f"{params!r}. Did you mean {owner}(model, lr={params!r})?"

@@ -94,7 +94,7 @@ class PosteriorBlock:
         """The parameters of this block."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    @cached_property
+    @property
     def spectrum(self) -> Tensor:
         """``V [groups, out_dim, in_dim]``: eigenvalues of the covariance."""
         d = self.width.delta + self.width.floor
@@ -110,12 +110,12 @@ class PosteriorBlock:
         """``√V``; computed once, since every draw needs it."""
         return self.spectrum.sqrt()
 
-    def correlate(self, noise: Tensor) -> Tensor:
-        r""":math:`Q_G (E \circ \sqrt V) Q_A^\top`: standard normal ``E [groups, out_dim, in_dim]`` to the block's noise."""
-        return self.form.rotate_back(noise * self.deviation)
+    def correlate_(self, noise: Tensor) -> Tensor:
+        r""":math:`Q_G (E \circ \sqrt V) Q_A^\top` from standard normal ``E [groups, out_dim, in_dim]``, which is used up."""
+        return self.form.rotate_back(noise.mul_(self.deviation))
 
     def whiten(self, deviation: Tensor) -> Tensor:
-        """Inverse of :meth:`correlate`: a deviation from the mean as independent standard normal numbers."""
+        """Inverse of :meth:`correlate_`: a deviation from the mean as independent standard normal numbers."""
         return self.form.rotate(deviation) / self.deviation
 
     def marginal_variance(self) -> Tensor:
@@ -133,11 +133,11 @@ class PosteriorBlock:
 
     def map(self, function: Any) -> PosteriorBlock:
         """The block with ``function`` applied to every tensor."""
-        optional = [None if basis is None else function(basis) for basis in (self.form.output_basis, self.form.input_basis)]
-        values = self.factor_values
+        form, values = self.form, self.factor_values
+        bases = [None if basis is None else function(basis) for basis in (form.output_basis, form.input_basis)]
         return replace(
             self,
-            form=SpectralForm(optional[0], optional[1], function(self.form.eigenvalues)),
+            form=SpectralForm(bases[0], bases[1], function(form.eigenvalues)),
             factor_values=None if values is None else (function(values[0]), function(values[1])),
         )
 

@@ -18,9 +18,10 @@ _FORMAT = 1
 
 
 class Posterior:
-    r"""``N(μ, Σ)`` with one independent block :math:`\Sigma_l = \frac{1}{\mathrm{ess}} (F_l + \delta I + \mathrm{floor}\, I)^{-1}` per layer.
+    r"""``N(μ, Σ)`` with one independent block per layer.
 
-    The prior is ``N(0, I / prior_precision)``; ``δ = prior_precision / ess``, ``ess = N / temperature``.
+    :math:`\Sigma_l = \frac{1}{\mathrm{ess}} (F_l + \delta I + \mathrm{floor}\, I)^{-1}`; the prior is
+    ``N(0, I / prior_precision)``; ``δ = prior_precision / ess``, ``ess = N / temperature``.
 
     Args:
         means: ``{name: tensor}``, the trainable parameters in the order of ``named_parameters()``.
@@ -157,7 +158,7 @@ class Posterior:
         noise = self._noise(self.generator if generator is None else generator)
         drawn: dict[str, Tensor] = {}
         for block, part in zip(self.blocks, noise, strict=True):
-            weight, bias = block.layout.from_matrix(block.correlate(part))
+            weight, bias = block.layout.from_matrix(block.correlate_(part))
             drawn[block.weight] = _add(self.mean[block.weight], weight)
             if block.bias is not None and bias is not None:
                 drawn[block.bias] = _add(self.mean[block.bias], bias)
@@ -211,7 +212,8 @@ class Posterior:
     def kl(self) -> Tensor:
         r"""Divergence from the prior ``N(0, η I)`` in nats, ``η = 1 / prior_precision``, 0-dim float64.
 
-        :math:`\mathrm{KL} = \frac12 [\sum V/\eta + \|\mu\|^2/\eta - D + D \ln \eta - \sum \ln V]`, from eigenvalues alone.
+        :math:`\mathrm{KL} = \frac12 [\sum V/\eta + \|\mu\|^2/\eta - D + D \ln \eta - \sum \ln V]`: needs the
+        eigenvalues alone.
         """
         parts = []
         for block in self.blocks:
@@ -229,9 +231,7 @@ class Posterior:
         Args:
             width: one for all blocks, or one for every block by the name of its weight.
         """
-        blocks = [
-            block.with_width(width if isinstance(width, Width) else width[block.weight]) for block in self.blocks
-        ]
+        blocks = [block.with_width(width if isinstance(width, Width) else width[block.weight]) for block in self.blocks]
         return self._rebuilt(self.mean, blocks)
 
     def to(self, device: torch.device | str) -> Posterior:

@@ -62,7 +62,7 @@ def flat(values: dict[str, Tensor]) -> Tensor:
 def noise_map(block: PosteriorBlock) -> Tensor:
     """``L [D, D]`` of one block with ``vec W = μ + L e``: the columns are the images of the unit vectors, row-major."""
     eye = torch.eye(block.layout.numel, dtype=torch.float64)
-    return torch.stack([block.correlate(e.reshape(block.layout.shape)).reshape(-1) for e in eye], dim=1)
+    return torch.stack([block.correlate_(e.clone().reshape(block.layout.shape)).reshape(-1) for e in eye], dim=1)
 
 
 def dense_covariance(posterior: Posterior) -> Tensor:

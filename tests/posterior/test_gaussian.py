@@ -36,7 +36,10 @@ def expected_covariance(input_factor: Tensor, output_factor: Tensor) -> Tensor:
 
 def test_covariance_of_a_draw_is_the_damped_inverse_of_a_non_diagonal_kronecker_product():
     input_factor, output_factor = factors()
-    close(dense_draw_covariance(kronecker_block(input_factor, output_factor)), expected_covariance(input_factor, output_factor))
+    close(
+        dense_draw_covariance(kronecker_block(input_factor, output_factor)),
+        expected_covariance(input_factor, output_factor),
+    )
 
 
 def cholesky_sampler(block: PosteriorBlock, place: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -100,7 +103,9 @@ def test_log_prob_entropy_and_kl_equal_those_of_torch_distributions():
     sample = posterior.sample()
     close(posterior.log_prob(sample), dense.log_prob(flat(sample)))
     close(posterior.entropy(), dense.entropy())
-    prior = MultivariateNormal(torch.zeros_like(mean), torch.eye(len(mean), dtype=torch.float64) / WIDTH.prior_precision)
+    prior = MultivariateNormal(
+        torch.zeros_like(mean), torch.eye(len(mean), dtype=torch.float64) / WIDTH.prior_precision
+    )
     close(posterior.kl(), kl_divergence(dense, prior))
     assert posterior.kl().dim() == posterior.log_prob(sample).dim() == posterior.entropy().dim() == 0
 
@@ -110,7 +115,9 @@ def test_kl_follows_a_prior_that_differs_between_blocks():
     posterior = small_posterior()
     widths = {block.weight: narrow if block.weight == "scale" else wide for block in posterior.blocks}
     posterior = posterior.with_width(widths)
-    precision = torch.cat([torch.full((mean.numel(),), 50.0 if name == "scale" else 0.5) for name, mean in posterior.mean.items()])
+    precision = torch.cat(
+        [torch.full((mean.numel(),), 50.0 if name == "scale" else 0.5) for name, mean in posterior.mean.items()]
+    )
     dense = MultivariateNormal(flat(posterior.mean), dense_covariance(posterior))
     prior = MultivariateNormal(torch.zeros(len(precision), dtype=torch.float64), torch.diag(1 / precision.double()))
     close(posterior.kl(), kl_divergence(dense, prior))

@@ -71,4 +71,7 @@ def test_evidence_lower_bound_at_the_optimum_is_the_log_evidence():
 def test_log_prob_at_the_mean_is_that_of_the_dense_gaussian():
     mean, covariance = exact_posterior(*problem())
     posterior = ours(mean)
-    close(posterior.log_prob(posterior.mean), MultivariateNormal(flat(posterior.mean), covariance).log_prob(mean.reshape(-1)))
+    close(
+        posterior.log_prob(posterior.mean),
+        MultivariateNormal(flat(posterior.mean), covariance).log_prob(mean.reshape(-1)),
+    )

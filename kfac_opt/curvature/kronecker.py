@@ -175,7 +175,11 @@ class KroneckerBlock(CurvatureBlock):
         means = {side: mean_diagonal(f) if self.dense_sides[side] else f.mean(-1) for side, f in factors.items()}
         splits = self._splits(means, damping.of(state))
         inverses: State = {}
+        # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
+        # factor must not shrink it (a saturated softmax has G = 0 and a gradient).
+        curved = (means["input"] > 0) & (means["output"] > 0)
         for side, factor in factors.items():
+            factor = torch.where(curved.reshape(-1, *[1] * (factor.dim() - 1)), factor, 0.0)
             if self.dense_sides[side]:
                 inverses[f"{side}_inverse"] = damped_inverse(factor, splits[side])
             else:
@@ -222,8 +226,10 @@ class KroneckerBlock(CurvatureBlock):
     def split_denominators(self, state: State, gamma: Tensor) -> Tensor:
         """``(λ^G_i + √γ/π)(λ^A_j + π√γ)``: the factored style written in the eigenbasis."""
         values = {side: state[f"{side}_values"] for side in SIDES}
-        splits = self._splits({side: value.mean(-1) for side, value in values.items()}, gamma)
-        damped = {side: values[side] + splits[side].unsqueeze(-1) for side in SIDES}
+        means = {side: value.mean(-1) for side, value in values.items()}
+        splits = self._splits(means, gamma)
+        curved = ((means["input"] > 0) & (means["output"] > 0)).unsqueeze(-1)
+        damped = {side: torch.where(curved, values[side], 0.0) + splits[side].unsqueeze(-1) for side in SIDES}
         return damped["output"].unsqueeze(-1) * damped["input"].unsqueeze(-2)
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:

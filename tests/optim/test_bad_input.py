@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
-from tests.support import Lambda, assert_same, bare_kfac, close, data, mlp, train_step, weights
+from tests.support import Lambda, bare_kfac, close, data, mlp, train_step, weights
 
 DOUBLE = torch.float64
 ERRORS = (TypeError, ValueError, RuntimeError)
@@ -81,13 +81,7 @@ def test_a_misspelt_argument_fails():
         KFAC(mlp(), dampng=0.1)
 
 
-def test_a_misspelt_group_option_is_not_ignored():
-    model = mlp()
-    with pytest.raises((TypeError, ValueError), match="dampng"):
-        KFAC(model, [{"params": model.parameters(), "dampng": 0.1}])
-
-
-@pytest.mark.parametrize("number", [0.1, 1, torch.tensor(0.1)])
+@pytest.mark.parametrize("number", [0.1, 1])
 def test_a_number_where_the_parameters_belong(number):
     with pytest.raises((TypeError, ValueError), match=r"(?s)params.*lr="):
         KFAC(mlp(), number)
@@ -224,7 +218,7 @@ def test_a_mask_of_the_wrong_shape():
 def test_a_second_optimizer_on_the_same_model():
     model = mlp()
     first = KFAC(model)
-    with pytest.raises(ERRORS, match=r"(?s)already.*detach\(\)"):
+    with pytest.raises(ERRORS, match=r"(?s)attached.*detach\(\)"):
         KFAC(model)
     first.detach()
     KFAC(model)
@@ -362,10 +356,10 @@ def test_a_poisoned_batch_never_reaches_the_curvature(curvature, fisher, poison)
     bad[2, 1] = poison
     optimizer.zero_grad()
     F.cross_entropy(model(bad), y).backward()
-    optimizer.zero_grad()
-    optimizer.step()
+    optimizer.precondition_gradients_()
     assert optimizer.dropped_estimates == 1
-    assert_same({n: v.to_dense() for n, v in optimizer.curvature.items()}, blocks)
+    for name, view in optimizer.curvature.items():
+        close(view.to_dense(), blocks[name])
     train_step(optimizer, model, x, y)
     assert optimizer.dropped_estimates == 1
     assert all(v.to_dense().isfinite().all() for v in optimizer.curvature.values())
@@ -452,13 +446,24 @@ def test_a_failing_cholesky_is_retried_in_double_precision(monkeypatch):
 def test_a_matrix_of_huge_and_tiny_scales_stays_finite():
     """Inputs over 16 orders of magnitude: the factor's condition number is beyond float32."""
     model = nn.Sequential(nn.Linear(6, 3))
-    x = torch.randn(32, 6) * 10.0 ** torch.tensor([-8.0, -4, 0, 2, 4, 8])
-    optimizer = KFAC(model, lr=0.1)
+    x, y = torch.randn(32, 6) * 10.0 ** torch.tensor([-8.0, -4, 0, 2, 4, 8]), torch.randn(32, 3)
+    optimizer = KFAC(model, lr=0.1, likelihood="gaussian", kl_clip=None)
     before = weights(model)
     for _ in range(5):
-        train_step(optimizer, model, x, torch.randint(3, (32,)))
+        train_step(optimizer, model, x, y, F.mse_loss)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert any(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert not torch.equal(before["0.weight"], model[0].weight)
+
+
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
+@pytest.mark.parametrize("style", ["factored", "exact"])
+def test_a_saturated_model_without_any_curvature_still_moves(curvature, style):
+    """All probabilities are 0 or 1 in float32: the sampled Fisher is exactly zero, the loss and its gradient are not."""
+    model = nn.Sequential(nn.Linear(6, 3))
+    x, y = 1e4 * torch.randn(32, 6), torch.randint(3, (32,))
+    optimizer = KFAC(model, lr=0.1, curvature=curvature, damping_style=style)
+    losses = [train_step(optimizer, model, x, y) for _ in range(30)]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_nan_gradients_with_a_sound_forward_leave_the_curvature_alone():

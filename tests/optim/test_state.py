@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
-from tests.support import assert_same, data, gradients, mlp, train_step, weights
+from tests.support import assert_same, mlp, train_step, weights
 
 OPTIONS = [
     {"curvature": "kronecker"},
@@ -288,15 +288,13 @@ def test_the_step_counter_survives_a_checkpoint():
 
 
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("steps", [0, 4])
-def test_a_copied_pair_works_and_goes_the_same_way(steps, how, options):
+def test_a_copied_pair_works_and_goes_the_same_way(steps, options):
     model = make()
     optimizer = build(model, **options)
     for step in range(steps):
         train_step(optimizer, model, *batch(step))
-    pair = (model, optimizer)
-    model2, optimizer2 = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    model2, optimizer2 = copy.deepcopy((model, optimizer))
     before = weights(model)
     for step in range(steps, steps + 6):
         train_step(optimizer2, model2, *batch(step))
@@ -305,6 +303,21 @@ def test_a_copied_pair_works_and_goes_the_same_way(steps, how, options):
         train_step(optimizer, model, *batch(step))
     assert_same(weights(model2), weights(model))
     assert_same(optimizer2.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_a_pickled_model_and_optimizer_go_on_where_they_were(options):
+    model = make()
+    optimizer = build(model, **options)
+    for step in range(4):
+        train_step(optimizer, model, *batch(step))
+    model2, lonely = pickle.loads(pickle.dumps((model, optimizer)))
+    optimizer2 = build(model2, **options)
+    optimizer2.load_state_dict(lonely.state_dict())
+    for step in range(4, 10):
+        train_step(optimizer, model, *batch(step))
+        train_step(optimizer2, model2, *batch(step))
+    assert_same(weights(model2), weights(model))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -351,11 +364,14 @@ def test_an_optimizer_restored_without_its_model_says_what_to_do(how):
     assert_same(weights(resumed), weights(model))
 
 
-def test_copying_in_the_middle_of_a_step_drops_no_gradient():
-    model = make()
-    optimizer = build(model)
-    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
-    other, twin = copy.deepcopy((model, optimizer))
-    assert_same(gradients(other), gradients(model))
-    twin.step()
-    assert all(p.isfinite().all() for p in other.parameters())
+def test_copying_between_backward_and_step_leaves_the_original_as_it_was():
+    model, twin = make(), make()
+    optimizer, alone = build(model), build(twin)
+    for net in (model, twin):
+        F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    _, copied = copy.deepcopy((model, optimizer))
+    copied.step()
+    optimizer.step()
+    alone.step()
+    assert_same(weights(model), weights(twin))
+    assert_same(optimizer.state_dict(), alone.state_dict())

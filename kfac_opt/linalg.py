@@ -5,6 +5,8 @@ Everything here takes tensors and returns tensors; batches of matrices are leadi
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-def
 # fp32 Cholesky returns garbage without an error on a rank-deficient factor at relative damping 1e-5;
 # from 1e-4 of the mean eigenvalue upwards it is exact to rounding.
 FP32_DAMPING_FLOOR = 1e-4
+
+INDEXED_DIM = 1024  # up to this size triangles are moved by one gather through a cached index
 
 
 class FactorizationError(RuntimeError):
@@ -122,10 +126,8 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     """Upper triangle of symmetric ``[groups, n, n]`` matrices, row by row: ``[groups, n (n + 1) / 2]``."""
     n = matrix.shape[-1]
     packed = matrix.new_empty(*matrix.shape[:-2], triangle_size(n))
-    if n <= 64:
-        rows, columns = torch.triu_indices(n, n, device=matrix.device)
-        packed.copy_(matrix[..., rows, columns])
-        return packed
+    if n <= INDEXED_DIM:
+        return packed.copy_(matrix.flatten(-2).index_select(-1, _pack_index(n, matrix.device)))
     start = 0
     for row in range(n):  # contiguous copies: an index of n² / 2 entries would cost eight bytes each
         packed[..., start : start + n - row] = matrix[..., row, row:]
@@ -135,14 +137,27 @@ def pack_triangle(matrix: Tensor) -> Tensor:
 
 def unpack_triangle(packed: Tensor, n: int) -> Tensor:
     """Symmetric ``[groups, n, n]`` matrices from their packed upper triangles."""
+    if n <= INDEXED_DIM:
+        return packed.index_select(-1, _unpack_index(n, packed.device)).unflatten(-1, (n, n))
     matrix = packed.new_zeros(*packed.shape[:-1], n, n)
-    if n <= 64:
-        rows, columns = torch.triu_indices(n, n, device=packed.device)
-        matrix[..., rows, columns] = packed
-        matrix[..., columns, rows] = packed
-        return matrix
     start = 0
     for row in range(n):
         matrix[..., row, row:] = packed[..., start : start + n - row]
         start += n - row
     return matrix + matrix.triu(1).mT
+
+
+# Cached: at most 4 n² bytes for each size and device. A gather moves 785 × 785 in 0.3-0.5 ms on one core, copying row
+# by row takes 3-8 ms, 101 × 101 in 0.005 instead of 0.4 ms.
+@lru_cache(maxsize=64)
+def _pack_index(n: int, device: torch.device) -> Tensor:
+    rows, columns = torch.triu_indices(n, n)
+    return (rows * n + columns).int().to(device)
+
+
+@lru_cache(maxsize=64)
+def _unpack_index(n: int, device: torch.device) -> Tensor:
+    rows, columns = torch.triu_indices(n, n)
+    positions = torch.empty(n, n, dtype=torch.int32)
+    positions[rows, columns] = positions[columns, rows] = torch.arange(triangle_size(n), dtype=torch.int32)
+    return positions.flatten().to(device)

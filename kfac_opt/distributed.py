@@ -22,6 +22,12 @@ def rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def num_ranks(group: dist.ProcessGroup | None) -> int:
+    """Size of the group that is worked over, 1 when there is nobody else."""
+    active = active_group(group)
+    return 1 if active is None else dist.get_world_size(active)
+
+
 def sum_over_ranks_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
     """Replaces each tensor by its sum over the ranks, in one collective per dtype and device.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.hooks import WeakHook
 from kfac_opt.curvature.stance import hold_eager, release_eager
+from kfac_opt.distributed import num_ranks
 from kfac_opt.likelihoods import Likelihood, output_gradients
 
 FisherKind = Literal["mc", "exact", "empirical"]
@@ -75,6 +77,7 @@ class Collector:
         root: the module whose forward is one pass.
         likelihood, fisher, label_samples, outputs, loss_reduction: as in the optimizer.
         make_generator: a private generator for this pass on the given device.
+        process_group: over which gradients are averaged and sums are added.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class Collector:
         outputs: Callable[[Any], Any] | None,
         loss_reduction: Literal["mean", "sum"],
         make_generator: Callable[[int, torch.device], torch.Generator],
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.root, self.likelihood, self.fisher, self.label_samples = root, likelihood, fisher, label_samples
         self.outputs, self.loss_reduction, self.make_generator = outputs, loss_reduction, make_generator
+        self.process_group = process_group
         self.pending = Pending()
         self.forward_seen = False
         self.paused = False
@@ -337,7 +342,8 @@ class Collector:
             self._keep(current)
         for tracked in alone if pending.settled else []:
             # The squared gradient of the sum over all examples: biased, since labels of the data have no mean zero.
-            scale = pending.num_terms if self.loss_reduction == "mean" else 1.0
+            # Every rank holds the gradient of the batch of all ranks: R shares of (√R N_rank)² add up to N².
+            scale = (pending.num_terms if self.loss_reduction == "mean" else 1.0) * num_ranks(self.process_group) ** 0.5
             gradient = cast(Tensor, tracked.weight.grad) * scale
             if not bool(torch.isfinite(gradient).all()):
                 self.dropped += 1

@@ -132,6 +132,7 @@ class AttachedOptimizer(Optimizer):
             options.outputs,
             options.loss_reduction,
             make_generator,
+            options.process_group,
         )
         self._written: list[tuple[weakref.ref[Tensor], int]] = []
         self._arm()

@@ -1,0 +1,1 @@
+"""The damping study: its config, trials, studies, pictures and page."""

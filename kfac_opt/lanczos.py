@@ -8,8 +8,9 @@ Full re-orthogonalisation, twice: without it the largest eigenvalues come back a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -184,72 +185,120 @@ class BlockLanczos:
         return Quadrature(nodes, weights / weights.sum(), residuals, self.num_vectors)
 
 
+class Recurrence(Protocol):
+    """What :func:`drive` advances."""
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def vectors(self) -> Tensor: ...
+
+    def absorb(self, product: Tensor) -> None: ...
+
+
+class Operator(Protocol):
+    """A symmetric matrix that can only be multiplied with."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __matmul__(self, vectors: Tensor) -> Tensor: ...
+
+
+def drive(recurrences: Mapping[str, Recurrence], slices: Mapping[str, slice], operator: Operator) -> int:
+    """Advances all recurrences to their end, each on its own block of a block-diagonal operator.
+
+    One product serves one step of every recurrence.
+
+    Args:
+        recurrences: by block name.
+        slices: where each block lies in a vector.
+        operator: block diagonal with these blocks; one block may be the whole.
+
+    Returns:
+        Number of vectors that the operator was applied to.
+    """
+    count = 0
+    while waiting := {name: part for name, part in recurrences.items() if not part.done}:
+        pieces = {name: part.vectors for name, part in waiting.items()}
+        width = max(piece.shape[1] for piece in pieces.values())
+        first = next(iter(pieces.values()))
+        joined = first.new_zeros(operator.shape[0], width)
+        for name, piece in pieces.items():
+            joined[slices[name], : piece.shape[1]] = piece
+        product = operator @ joined
+        count += width
+        for name, part in waiting.items():
+            part.absorb(product[slices[name], : pieces[name].shape[1]])
+    return count
+
+
 def _joined(joins: Tensor) -> Tensor:
     return torch.diag(joins, 1) + torch.diag(joins, -1)
 
 
-def top_eigenpairs(
-    product: Callable[[Tensor], Tensor],
-    start: Tensor,
-    count: int,
-    *,
-    tolerance: float,
-    max_columns: int,
-    max_products: int = 2000,
-) -> tuple[Tensor, Tensor, int]:
-    r"""Largest eigenvalues of a symmetric positive semi-definite operator by block Krylov iteration with restarts.
+class TopEigenpairs:
+    r"""Largest eigenpairs of a symmetric positive semi-definite operator by block Krylov iteration with restarts.
 
-    Rayleigh-Ritz on a growing space that always contains the residuals of the wanted pairs; when the space has
+    Rayleigh-Ritz on a growing space that always takes in the residuals of the wanted pairs; when the space has
     ``max_columns`` columns it is replaced by its best part (thick restart, Wu & Simon 2000).
 
     Args:
-        product: ``[n, b] -> [n, b]``.
         start: ``[n, block]``, random.
         count: number of pairs.
         tolerance: residual norm relative to the largest eigenvalue at which a pair counts as converged.
         max_columns: bound of the space; memory is ``2 · n · max_columns`` numbers.
         max_products: bound of the number of columns that the operator is applied to.
 
-    Returns:
-        Values ``[count]`` descending, vectors ``[n, count]``, and the number of products used.
-
-    Raises:
-        RuntimeError: not converged after ``max_products``.
+    Attributes:
+        values, pairs: the current eigenvalues ``[count]``, descending, and eigenvectors ``[n, count]``.
     """
-    n = start.shape[0]
-    count = min(count, n)
-    max_columns = min(n, max(max_columns, 2 * count + 2))
-    basis = start.new_zeros(n, max_columns)
-    image = start.new_zeros(n, max_columns)
-    block, _ = torch.linalg.qr(start[:, : max(1, min(start.shape[1], max_columns))])
-    used, products = 0, 0
-    while True:
-        width = block.shape[1]
-        basis[:, used : used + width] = block
-        image[:, used : used + width] = product(block)
-        used, products = used + width, products + width
-        space, mapped = basis[:, :used], image[:, :used]
+
+    def __init__(self, start: Tensor, count: int, *, tolerance: float, max_columns: int, max_products: int = 2000) -> None:
+        n = start.shape[0]
+        self.count, self.tolerance, self.max_products = min(count, n), tolerance, max_products
+        self.max_columns = min(n, max(max_columns, 2 * self.count + 2))
+        self.basis = start.new_zeros(n, self.max_columns)
+        self.image = torch.zeros_like(self.basis)
+        self.vectors, _ = torch.linalg.qr(start[:, : self.max_columns])
+        self.values, self.pairs = start.new_zeros(0), start.new_zeros(n, 0)
+        self.used, self.products = 0, 0
+        self.done = False
+
+    def absorb(self, product: Tensor) -> None:
+        """Takes the operator's product with :attr:`vectors`.
+
+        Raises:
+            RuntimeError: not converged after ``max_products``.
+        """
+        n, width = self.vectors.shape
+        self.basis[:, self.used : self.used + width] = self.vectors
+        self.image[:, self.used : self.used + width] = product
+        self.used, self.products = self.used + width, self.products + width
+        space, mapped = self.basis[:, : self.used], self.image[:, : self.used]
         projected = space.mT @ mapped
         values, vectors = torch.linalg.eigh(0.5 * (projected + projected.mT))
         values, vectors = values.flip(0), vectors.flip(1)
-        wanted = min(count, used)
-        pairs = space @ vectors[:, :wanted]
-        residual = mapped @ vectors[:, :wanted] - pairs * values[:wanted]
-        limit = tolerance * max(float(values[0]), 0.0)
-        open_pairs = residual.norm(dim=0) > limit
-        if used >= n or (wanted == count and not bool(open_pairs.any())):
-            return values[:count].clamp_min(0.0), pairs[:, :count], products
-        if products >= max_products:
+        wanted = min(self.count, self.used)
+        self.values, self.pairs = values[:wanted].clamp_min(0.0), space @ vectors[:, :wanted]
+        residual = mapped @ vectors[:, :wanted] - self.pairs * values[:wanted]
+        is_open = residual.norm(dim=0) > self.tolerance * max(float(values[0]), 0.0)
+        self.done = self.used >= n or (wanted == self.count and not bool(is_open.any()))
+        if self.done:
+            return
+        if self.products >= self.max_products:
             raise RuntimeError(
-                f"top_eigenpairs: {int(open_pairs.sum())} of {count} pairs have a residual above {tolerance:g} of the "
-                f"largest eigenvalue after {products} products. Raise tolerance or max_products, or ask for fewer pairs."
+                f"top_eigenpairs: {int(is_open.sum())} of {self.count} pairs have a residual above {self.tolerance:g} of "
+                f"the largest eigenvalue after {self.products} products. Raise tolerance, or ask for fewer pairs."
             )
-        fresh = residual[:, open_pairs] if bool(open_pairs.any()) else _random_like(residual[:, :1], products)
-        if used + fresh.shape[1] > max_columns:
-            kept = min(used, max(count + 1, max_columns // 2))
-            basis[:, :kept], image[:, :kept] = space @ vectors[:, :kept], mapped @ vectors[:, :kept]
-            used = kept
-        block = _orthogonal_to(fresh[:, : max_columns - used], basis[:, :used], products)
+        fresh = residual[:, is_open] if bool(is_open.any()) else _random_like(residual[:, :1], self.products)
+        if self.used + fresh.shape[1] > self.max_columns:
+            kept = min(self.used, max(self.count + 1, self.max_columns // 2))
+            self.basis[:, :kept], self.image[:, :kept] = space @ vectors[:, :kept], mapped @ vectors[:, :kept]
+            self.used = kept
+        fresh = fresh[:, : self.max_columns - self.used]
+        self.vectors = _orthogonal_to(fresh, self.basis[:, : self.used], self.products)
 
 
 def _orthogonal_to(fresh: Tensor, space: Tensor, seed: int) -> Tensor:

@@ -159,12 +159,17 @@ class RepeatedData:
 
 
 def _is_single(data: Any) -> bool:
-    """A tensor, a mapping of inputs, or an ``(inputs, targets)`` pair, and no sequence of batches."""
+    """A tensor, a mapping of inputs, or an ``(inputs, targets)`` pair, and no sequence of batches.
+
+    A list of two tensors of the same length is a pair too: it is what DataLoaders give as a batch.
+    """
     if isinstance(data, (Tensor, Mapping)):
         return True
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         return False
-    return isinstance(data[1], Tensor) and (isinstance(data, tuple) or isinstance(data[0], Tensor))
+    if isinstance(data, tuple):
+        return data[1] is None or isinstance(data[1], Tensor)
+    return all(isinstance(part, Tensor) for part in data) and data[0].shape[:1] == data[1].shape[:1]
 
 
 def _slicer(start: int, stop: int, size: int) -> Callable[[Any], Any]:

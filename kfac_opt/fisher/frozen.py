@@ -56,21 +56,20 @@ class ParameterBlock:
         assert self.adapter is not None
         layout = self.adapter.layout
         parts = self._split(vectors)
-        weight = parts["weight"]
-        if "bias" in parts:
-            matrices = torch.vmap(lambda w, b: layout.to_matrix(w, b))(weight, parts["bias"])
-        else:
-            matrices = torch.vmap(lambda w: layout.to_matrix(w))(weight)
-        return matrices.reshape(-1, *layout.shape)
+        values = [parts["weight"], parts["bias"]] if "bias" in parts else [parts["weight"]]
+        if len(vectors) == 1:  # the frequent case, without the overhead of vmap
+            return layout.to_matrix(*(value[0] for value in values)).unsqueeze(0)
+        return torch.vmap(layout.to_matrix)(*values)
 
     def to_vectors(self, matrices: Tensor) -> Tensor:
         """``[rows, groups, out_dim, in_dim]`` as vectors ``[rows, size]``; inverse of :meth:`to_matrix`."""
         assert self.adapter is not None
         layout, rows = self.adapter.layout, matrices.shape[0]
         if not layout.has_bias:
-            weight = torch.vmap(lambda m: layout.from_matrix(m)[0])(matrices)
+            weight = torch.vmap(lambda m: layout.from_matrix(m)[0])(matrices) if rows > 1 else layout.from_matrix(matrices[0])[0]
             return weight.reshape(rows, -1)
-        weight, bias = torch.vmap(layout.from_matrix)(matrices)
+        weight, bias = torch.vmap(layout.from_matrix)(matrices) if rows > 1 else layout.from_matrix(matrices[0])
+        assert bias is not None
         parts = {"weight": weight.reshape(rows, -1), "bias": bias.reshape(rows, -1)}
         return torch.cat([parts[name.rpartition(".")[2]] for name in self.parameters], dim=1)
 
@@ -146,8 +145,7 @@ class FrozenModel:
         buffers = {name: value.clone() for name, value in self.buffers.items()}
         values = self.parameters if parameters is None else {**self.parameters, **parameters}
         args, kwargs = _arguments(batch.inputs)
-        # The math kernel of attention is the one that every kind of differentiation supports.
-        with quiet(self.module), sdpa_kernel(SDPBackend.MATH), torch.autocast(self.device.type, enabled=False):
+        with quiet(self.module), _differentiable_kernels(), torch.autocast(self.device.type, enabled=False):
             returned = functional_call(self.module, (values, buffers), args, kwargs)
         return self._logits(returned)
 
@@ -172,7 +170,8 @@ class FrozenModel:
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            pointer, size = tensor.untyped_storage().data_ptr(), tensor.numel() * tensor.element_size()
+            kept[pointer] = max(size, kept.get(pointer, 0))  # of a view only its own part: it may be a slice of all data
             return tensor
 
         own = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
@@ -199,6 +198,18 @@ def quiet(module: nn.Module) -> Iterator[None]:
     finally:
         for collector, paused, seen in before:
             collector.paused, collector.forward_seen = paused, seen
+
+
+@contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """The kernels of attention that every kind of differentiation supports."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,0 +1,269 @@
+"""Rows of the Fisher matrix from passes through the network: by layer where it is a linear map, else by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import vjp
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kfac_opt.fisher.data import Batch
+from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock
+from kfac_opt.fisher.stores import FactorStore, RowStore, Store
+from kfac_opt.layers import LayerAdapter
+
+Columns = Callable[[Tensor, Tensor | None], list[Tensor]]
+"""From logits and mask to the output gradients whose pull-backs are the rows."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of one block seen as a linear map; ``shared`` is 0 for a block without an adapter."""
+
+    groups: int
+    shared: int
+    in_dim: int
+    out_dim: int
+
+
+@dataclass
+class _Call:
+    """Input of one call of a layer (its rows already for a normalization: they depend on buffers), and its output."""
+
+    inputs: Tensor
+    edge: GradientEdge
+    is_rows: bool
+
+    def rows(self, adapter: LayerAdapter) -> Tensor:
+        """``[groups, batch, shared, in_dim]``."""
+        return self.inputs if self.is_rows else adapter.input_rows(self.inputs)
+
+
+class RowCapture:
+    """Makes stores for batches.
+
+    Args:
+        model: the frozen model.
+        blocks: which blocks; a block's ``adapter`` is trusted (see :func:`audited_blocks`).
+        work_bytes: memory for intermediate values.
+    """
+
+    def __init__(self, model: FrozenModel, blocks: tuple[ParameterBlock, ...], work_bytes: int) -> None:
+        self.model, self.blocks, self.work_bytes = model, blocks, work_bytes
+
+    def stores(self, batch: Batch, columns: Columns, as_rows: Callable[[ParameterBlock], bool]) -> dict[str, Store]:
+        """One store per block. ``as_rows`` says which blocks with an adapter are written out as rows."""
+        linear = [block for block in self.blocks if block.adapter is not None]
+        other = [block for block in self.blocks if block.adapter is None]
+        found: dict[str, Store] = {}
+        with torch.enable_grad(), _recorded(self.model, linear) as calls:
+            logits, mask = self.model.forward(batch)
+        roots = columns(logits.detach(), mask)
+        if linear:
+            for block, store in zip(linear, self._linear(linear, calls, batch, logits, roots)):
+                found[block.name] = RowStore(_rows_of(store)) if as_rows(block) else store
+        del logits, calls
+        if other:
+            found.update(_example_rows(self.model, other, batch, roots))
+        return {block.name: found[block.name] for block in self.blocks}
+
+    def _linear(
+        self,
+        blocks: list[ParameterBlock],
+        calls: dict[str, list[_Call]],
+        batch: Batch,
+        logits: Tensor,
+        roots: list[Tensor],
+    ) -> Iterator[FactorStore]:
+        owners = [(block.name, call) for block in blocks for call in calls[block.name]]
+        edges = [call.edge for _, call in owners]
+        arrived: dict[str, list[list[Tensor | None]]] = {block.name: [] for block in blocks}
+        for root in roots:
+            gradients = torch.autograd.grad(logits, edges, root, retain_graph=True, allow_unused=True) if edges else ()
+            for name in arrived:
+                arrived[name].append([])
+            for (name, _), gradient in zip(owners, gradients):
+                arrived[name][-1].append(gradient)
+        with torch.no_grad():
+            for block in blocks:
+                yield self._store(block, calls[block.name], arrived.pop(block.name), batch.size)
+
+    def _store(
+        self, block: ParameterBlock, calls: list[_Call], columns: list[list[Tensor | None]], examples: int
+    ) -> FactorStore:
+        """Joins all calls of a layer along the positions."""
+        adapter = block.adapter
+        assert adapter is not None
+        dtype = self.model.row_dtype
+        groups, out_dim, in_dim = adapter.layout.shape
+        inputs: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for index, call in enumerate(calls):
+            found = [column[index] for column in columns]
+            if any(gradient is None for gradient in found):
+                continue  # this call does not reach the outputs
+            rows = [adapter.output_rows(gradient.to(dtype)) for gradient in found if gradient is not None]
+            inputs.append(call.rows(adapter).to(dtype))
+            gradients.append(torch.stack(rows, dim=2))
+        if not inputs:
+            inputs = [torch.zeros(groups, examples, 0, in_dim, dtype=dtype, device=self.model.device)]
+            gradients = [torch.zeros(groups, examples, len(columns), 0, out_dim, dtype=dtype, device=self.model.device)]
+        a = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=2)
+        g = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=3)
+        return FactorStore(block, a.contiguous(), g.contiguous(), self.work_bytes)
+
+
+def _rows_of(store: Store) -> Tensor:
+    return store.rows().reshape(store.examples, store.columns, -1)
+
+
+@contextmanager
+def _recorded(model: FrozenModel, blocks: list[ParameterBlock]) -> Iterator[dict[str, list[_Call]]]:
+    """Inputs and gradient edges of all calls of the blocks' layers during the body."""
+    calls: dict[str, list[_Call]] = {block.name: [] for block in blocks}
+
+    def hook_of(block: ParameterBlock) -> Callable[..., None]:
+        adapter = block.adapter
+        assert adapter is not None
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(x, Tensor) and isinstance(out, Tensor) and out.requires_grad:
+                norm = adapter.structure == "norm"
+                inputs = adapter.input_rows(x.detach()) if norm else x.detach()
+                # An edge, not the tensor: an in-place activation would rewrite the tensor behind our back.
+                calls[block.name].append(_Call(inputs, get_gradient_edge(out), norm))
+
+        return hook
+
+    handles = [
+        model.module.get_submodule(block.name).register_forward_hook(hook_of(block), with_kwargs=True, prepend=True)
+        for block in blocks
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _example_rows(
+    model: FrozenModel, blocks: list[ParameterBlock], batch: Batch, roots: list[Tensor]
+) -> dict[str, Store]:
+    """Rows by one vector-Jacobian product per example and column, vectorised where the model's code allows it."""
+    names = [name for block in blocks for name in block.parameters]
+    with torch.no_grad():
+        try:
+            rows = _vectorised_rows(model, names, batch, torch.stack(roots, dim=1))
+        except (RuntimeError, NotImplementedError):
+            # vmap refuses control flow on values and some in-place operations; the plain loop gives the same rows.
+            rows = _looped_rows(model, names, batch, roots)
+        return {
+            block.name: RowStore(
+                torch.cat([rows[name].flatten(2) for name in block.parameters], dim=2).to(model.row_dtype)
+            )
+            for block in blocks
+        }
+
+
+def _vectorised_rows(model: FrozenModel, names: list[str], batch: Batch, columns: Tensor) -> dict[str, Tensor]:
+    """``[examples, columns, *shape]`` per parameter; ``columns [examples, columns, ...]``."""
+    values = {name: model.parameters[name].detach() for name in names}
+    leaves, structure = tree_flatten(batch.inputs)
+    batched = [
+        index
+        for index, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch.size
+    ]
+
+    def one(own_columns: Tensor, *own_leaves: Tensor) -> dict[str, Tensor]:
+        single = list(leaves)
+        for index, leaf in zip(batched, own_leaves):
+            single[index] = leaf.unsqueeze(0)
+        example = Batch(tree_unflatten(single, structure), None, 1)
+        _, pull = vjp(lambda p: model.forward(example, p)[0], values)
+        return torch.vmap(lambda column: pull(column.unsqueeze(0))[0])(own_columns)
+
+    return torch.vmap(one)(columns, *[leaves[index] for index in batched])
+
+
+def _looped_rows(model: FrozenModel, names: list[str], batch: Batch, roots: list[Tensor]) -> dict[str, Tensor]:
+    values = {name: model.parameters[name].detach() for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for index in range(batch.size):
+        example = batch.slice(index, index + 1)
+        _, pull = vjp(lambda p, example=example: model.forward(example, p)[0], values)
+        pulled = [pull(root[index : index + 1])[0] for root in roots]
+        for name in names:
+            found[name].append(torch.stack([column[name] for column in pulled]))
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def audited_blocks(model: FrozenModel, batch: Batch, seed: int = 0) -> tuple[ParameterBlock, ...]:
+    """The model's blocks; those whose layer is not the linear map that its adapter says lose the adapter.
+
+    A weight used elsewhere too, positions in front of the examples, examples folded into positions, a layer that
+    never ran: all of them change the gradient of a randomly weighted sum of the examples' outputs, which the rows
+    of a trusted layer must reproduce.
+    """
+    linear = tuple(block for block in model.blocks if block.adapter is not None)
+    if not linear:
+        return model.blocks
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(batch.size, generator=generator, dtype=torch.float64)
+    with torch.enable_grad():
+        logits, _ = model.forward(batch)
+        parameters = [model.parameters[name] for block in linear for name in block.parameters]
+        cotangent = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
+        scaled = cotangent * weights.to(cotangent).reshape(-1, *([1] * (logits.dim() - 1)))
+        gradients = torch.autograd.grad(logits, parameters, scaled, allow_unused=True)
+    expected = {
+        name: torch.zeros_like(p) if g is None else g
+        for name, p, g in zip([n for block in linear for n in block.parameters], parameters, gradients)
+    }
+    usable = _shapes_fit(model, linear, batch)
+    capture = RowCapture(model, tuple(block for block in linear if block.name in usable), 1 << 28)
+    stores = capture.stores(batch, lambda _, __: [cotangent], lambda _: False) if usable else {}
+    trusted = set()
+    for block in linear:
+        if block.name not in stores:
+            continue
+        found = stores[block.name].expand(weights.to(model.device, model.row_dtype).reshape(-1, 1, 1)).squeeze(1)
+        truth = torch.cat([expected[name].flatten() for name in block.parameters]).to(found.dtype)
+        rounding = torch.finfo(model.dtype).eps ** 0.5
+        if float((found - truth).norm()) <= rounding * max(float(truth.norm()), 1e-30):
+            trusted.add(block.name)
+    return tuple(block if block.name in trusted else replace(block, adapter=None) for block in model.blocks)
+
+
+def _shapes_fit(model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch) -> set[str]:
+    """Names of the layers that ran and whose rows are grouped by the batch's examples."""
+    with torch.enable_grad(), _recorded(model, list(blocks)) as calls:
+        model.forward(batch)
+    fitting = set()
+    for block in blocks:
+        assert block.adapter is not None
+        sizes = {call.rows(block.adapter).shape[1] for call in calls[block.name]}
+        if sizes == {batch.size}:
+            fitting.add(block.name)
+    return fitting
+
+
+def measured_shapes(model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch) -> dict[str, BlockShape]:
+    """Sizes of the blocks on this data; positions of all calls of a layer are added."""
+    linear = [block for block in blocks if block.adapter is not None]
+    with torch.enable_grad(), _recorded(model, linear) as calls:
+        model.forward(batch)
+    shapes = {block.name: BlockShape(1, 0, 1, block.size) for block in blocks}
+    for block in linear:
+        assert block.adapter is not None
+        groups, out_dim, in_dim = block.adapter.layout.shape
+        shared = sum(call.rows(block.adapter).shape[2] for call in calls[block.name])
+        shapes[block.name] = BlockShape(groups, shared, in_dim, out_dim)
+    return shapes

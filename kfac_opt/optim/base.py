@@ -35,6 +35,7 @@ class CurvatureOptimizer(AttachedOptimizer):
                 gradients; when the gradients were already preconditioned; when detached.
         """
         self._require_model()
+        self._refuse_step()
         loss = self._evaluate(closure) if closure is not None else None
         with torch.no_grad():
             self._refuse_written()
@@ -43,6 +44,10 @@ class CurvatureOptimizer(AttachedOptimizer):
                 self._step_group(number, group)
         self._arm()
         return loss
+
+    def _refuse_step(self) -> None:
+        """Raises where a subclass cannot take a step just now."""
+        return
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
@@ -56,6 +61,7 @@ class CurvatureOptimizer(AttachedOptimizer):
         gradients afterwards is an error.
         """
         self._require_model()
+        self._refuse_step()
         self._refuse_written()
         self._advance_curvature()
         self._written = []
@@ -195,12 +201,19 @@ class CurvatureOptimizer(AttachedOptimizer):
         updates = found.directions
         if trust_region and group["kl_clip"] is not None and found.num_blocks:
             multiply_(updates, kl_clip_factor(found.inner(), lr, float(group["kl_clip"])), foreach=foreach)
+        updates = self._before_momentum(group, found.parameters, updates, lr)
         if float(group["momentum"]) > 0.0:
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in found.parameters]
             updates = momentum_(updates, buffers, self._momentum(group), nesterov=group["nesterov"], foreach=foreach)
         if trust_region and group["max_relative_update"] is not None and found.num_blocks:
             bound_updates_(updates, found, lr, float(group["max_relative_update"]))
         apply_(found.parameters, updates, lr, self._decay(group, lr), foreach=foreach)
+
+    def _before_momentum(
+        self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor], lr: float
+    ) -> list[Tensor]:
+        """What a subclass adds to the clipped directions before they enter the momentum."""
+        return updates
 
     def _momentum(self, group: dict[str, Any]) -> float:
         return float(group["momentum"])

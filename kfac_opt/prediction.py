@@ -45,7 +45,7 @@ class Prediction:
 
     @property
     def mutual_information(self) -> Tensor:
-        """``entropy - expected_entropy``: between the label and the weights, what the ensemble disagrees about (nats)."""
+        """``entropy - expected_entropy``: between label and weights, what the ensemble disagrees about (nats)."""
         return self.entropy - self.expected_entropy
 
 

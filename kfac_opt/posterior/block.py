@@ -111,7 +111,7 @@ class PosteriorBlock:
         return self.spectrum.sqrt()
 
     def correlate_(self, noise: Tensor) -> Tensor:
-        r""":math:`Q_G (E \circ \sqrt V) Q_A^\top` from standard normal ``E [groups, out_dim, in_dim]``, which is used up."""
+        r""":math:`Q_G (E \circ \sqrt V) Q_A^\top`; standard normal ``E [groups, out_dim, in_dim]`` is used up."""
         return self.form.rotate_back(noise.mul_(self.deviation))
 
     def whiten(self, deviation: Tensor) -> Tensor:

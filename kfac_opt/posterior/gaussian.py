@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.posterior.block import PosteriorBlock, Width, uncurved_block
+from kfac_opt.posterior.noise import add_noise, correlated_noise
 from kfac_opt.posterior.weights import unwrapped
 
 _FORMAT = 1
@@ -155,31 +156,8 @@ class Posterior:
         Args:
             generator: source of the noise, on any device; None: the posterior's own, which goes on from draw to draw.
         """
-        noise = self._noise(self.generator if generator is None else generator)
-        drawn: dict[str, Tensor] = {}
-        for block, part in zip(self.blocks, noise, strict=True):
-            weight, bias = block.layout.from_matrix(block.correlate_(part))
-            drawn[block.weight] = _add(self.mean[block.weight], weight)
-            if block.bias is not None and bias is not None:
-                drawn[block.bias] = _add(self.mean[block.bias], bias)
-        return {name: drawn[name] for name in self.mean}
-
-    def _noise(self, generator: torch.Generator) -> list[Tensor]:
-        """Standard normal matrices, one per block, cut from one long draw per dtype."""
-        sizes: dict[torch.dtype, int] = {}
-        for block in self.blocks:
-            dtype = block.form.eigenvalues.dtype
-            sizes[dtype] = sizes.get(dtype, 0) + block.layout.numel
-        draws = {
-            dtype: torch.randn(size, generator=generator, dtype=dtype, device=generator.device).to(self.device)
-            for dtype, size in sizes.items()
-        }
-        parts, used = [], dict.fromkeys(sizes, 0)
-        for block in self.blocks:
-            dtype, size = block.form.eigenvalues.dtype, block.layout.numel
-            parts.append(draws[dtype][used[dtype] : used[dtype] + size].view(block.layout.shape))
-            used[dtype] += size
-        return parts
+        noise = correlated_noise(self.blocks, self.generator if generator is None else generator)
+        return {name: add_noise(mean, noise[name]) for name, mean in self.mean.items()}
 
     def variance(self) -> dict[str, Tensor]:
         """Marginal variance of every weight (the diagonal of Σ), in the shapes of the means."""
@@ -317,8 +295,3 @@ class Posterior:
 
 def _bias_shape(block: PosteriorBlock) -> tuple[int, ...]:
     return block.layout.weight_shape if block.layout.kind == "norm" else (block.layout.whole_shape[0],)
-
-
-def _add(mean: Tensor, noise: Tensor) -> Tensor:
-    """``mean + noise`` in the wider dtype, returned in that of the mean."""
-    return (mean + noise).to(mean.dtype)

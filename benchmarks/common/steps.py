@@ -54,10 +54,11 @@ def make_step(config: StepConfig, workload: Workload) -> Step:
     if config.kind == "capture":
         return Step(_capture(model, workload), lambda: 0)
     optimizer = build_optimizer(config.optimizer, model, config.settings)
+    losses = workload.losses(model)
 
     def run() -> None:
         optimizer.zero_grad()
-        workload.loss(model).backward()
+        next(losses).backward()
         optimizer.step()
 
     return Step(run, lambda: state_bytes(optimizer))
@@ -71,9 +72,11 @@ def run_steps(config: StepConfig, workload: WorkloadConfig, device: str, number:
 
 
 def _forward_backward(model: nn.Module, workload: Workload) -> Callable[[], None]:
+    losses = workload.losses(model)
+
     def run() -> None:
         model.zero_grad()
-        workload.loss(model).backward()
+        next(losses).backward()
 
     return run
 

@@ -1,7 +1,9 @@
-"""Shapes whose step time is measured: a model and one random batch of the real size."""
+"""Shapes whose step time is measured: a model and random batches of the real size."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +13,13 @@ from torch.nn import functional
 
 from benchmarks.common.models import build_model
 
+NUM_BATCHES = 16
+"""Enough that no optimizer learns them by heart within a measurement: a net without loss has no Fisher matrix."""
+
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """A model with its batch; the numbers in the batch do not change the time of a step.
+    """A model with its batch size; the labels are random.
 
     Attributes:
         input_shape: of one example; for ``tokens`` the length of the text.
@@ -30,24 +35,29 @@ class WorkloadConfig:
 
 
 class Workload:
-    """One batch and the way to make a model and its loss."""
+    """Batches, made once, and the way to make a model and its loss."""
 
     def __init__(self, config: WorkloadConfig, device: str = "cpu", seed: int = 0) -> None:
         self.config, self.device, self.seed = config, torch.device(device), seed
         generator = torch.Generator().manual_seed(seed)
+        self.batches = [self._make_batch(generator) for _ in range(NUM_BATCHES)]
+
+    def _make_batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        config = self.config
         shape = (config.batch_size, *config.input_shape)
         if config.inputs == "tokens":
-            self.inputs = torch.randint(config.num_classes, shape, generator=generator).to(self.device)
-            target_shape: tuple[int, ...] = shape
+            inputs = torch.randint(config.num_classes, shape, generator=generator)
+            targets = torch.randint(config.num_classes, shape, generator=generator)
         else:
-            self.inputs = torch.randn(shape, generator=generator).to(self.device)
-            target_shape = (config.batch_size,)
-        self.targets = torch.randint(config.num_classes, target_shape, generator=generator).to(self.device)
+            inputs = torch.randn(shape, generator=generator)
+            targets = torch.randint(config.num_classes, (config.batch_size,), generator=generator)
+        return inputs.to(self.device), targets.to(self.device)
 
     def build_model(self) -> nn.Module:
         """A fresh model in training mode."""
         return build_model(self.config.model, self.seed).to(self.device).train()
 
-    def loss(self, model: nn.Module) -> Tensor:
-        """Cross-entropy of the batch, averaged over examples and tokens."""
-        return functional.cross_entropy(model(self.inputs).flatten(0, -2), self.targets.flatten())
+    def losses(self, model: nn.Module) -> Iterator[Tensor]:
+        """Endless losses of one batch after the other: cross-entropy, averaged over examples and tokens."""
+        for inputs, targets in itertools.cycle(self.batches):
+            yield functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())

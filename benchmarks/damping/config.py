@@ -13,6 +13,7 @@ from benchmarks.common.search import SearchRange
 from benchmarks.common.tasks import TaskConfig
 
 SEARCHED = ("lr", "lr_decay", "momentum")
+DAMPED = ("kfac", "ekfac")  # optimizers that have a damping
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,17 @@ class HistogramConfig:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Settings that are the same in every trial of one optimizer, and its own search ranges where they differ."""
+    """One optimizer of the study.
+
+    Attributes:
+        fixed: settings that are the same in every trial.
+        search: its own ranges where they differ from those of the sweep.
+        kind: the optimizer to build, where its key is a name of its own: so two variants can stand side by side.
+    """
 
     fixed: dict[str, Any] = field(default_factory=dict)
     search: dict[str, SearchRange] = field(default_factory=dict)
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,16 +152,32 @@ class SweepConfig:
                 raise ConfigError(f"key 'search.{key}' is missing; all of {', '.join(SEARCHED)} are searched.")
 
     def _check_grid(self) -> None:
-        for name in [*self.optimizers, *self.without_damping]:
-            if name not in OPTIMIZERS:
-                raise ConfigError(f"optimizers: unknown optimizer '{name}'; allowed: {', '.join(OPTIMIZERS)}.")
         if not self.optimizers:
             raise ConfigError("key 'optimizers' must name at least one optimizer.")
+        for name in self.optimizers:
+            if self.kind(name) not in OPTIMIZERS:
+                raise ConfigError(
+                    f"optimizers: unknown optimizer '{self.kind(name)}'; allowed: {', '.join(OPTIMIZERS)} (a variant "
+                    "under another key says which one it is with 'kind')."
+                )
+            if name not in self.without_damping and self.kind(name) not in DAMPED:
+                raise ConfigError(
+                    f"key 'without_damping' must name '{name}', which has no damping; only {', '.join(DAMPED)} have one."
+                )
+        for name in self.without_damping:
+            if name not in self.optimizers:
+                raise ConfigError(
+                    f"key 'without_damping' names '{name}', which is not among the optimizers {', '.join(self.optimizers)}."
+                )
         for damping in self.dampings:
             if not damping > 0:
                 raise ConfigError(f"key 'dampings' must hold numbers > 0, got {damping:g}.")
         if len(set(self.dampings)) != len(self.dampings):
             raise ConfigError(f"key 'dampings' must hold different numbers, got {self.dampings}.")
+
+    def kind(self, name: str) -> str:
+        """The optimizer to build for the key ``name`` of ``optimizers``."""
+        return self.optimizers[name].kind or name
 
     def settings(self) -> list[Setting]:
         """The lines of the study in the order of the pictures: those without damping first."""
@@ -175,7 +199,10 @@ class SweepConfig:
 
         The number of trials is not part of the name: a larger budget goes on where the smaller one ended.
         """
-        identity = [resolved(self.task), resolved(self.optimizers[setting.optimizer]), resolved(self.ranges(setting))]
+        chosen = self.optimizers[setting.optimizer]
+        own = {"fixed": resolved(chosen.fixed), "search": resolved(chosen.search)}
+        identity = [resolved(self.task), own, resolved(self.ranges(setting))]
         identity += [self.num_startup, self.seed, self.training_seed, self.divergence_factor, self.read_interval]
         identity += [resolved(self.histogram.interval), self.device]
+        identity += [chosen.kind] if chosen.kind is not None else []
         return f"{self.name}-{setting.key}-{fingerprint(identity)}"

@@ -87,7 +87,7 @@ def train_trial(
     chosen = {**fixed, "lr": values["lr"], "momentum": values["momentum"]}
     if setting.damping is not None:
         chosen["damping"] = setting.damping
-    optimizer = build_optimizer(setting.optimizer, model, chosen, task.config.likelihood, seed)
+    optimizer = build_optimizer(config.kind(setting.optimizer), model, chosen, task.config.likelihood, seed)
     run = _Run(config, task, model, optimizer, values, TrialResult(), observe)
     run.evaluate(0)
     run.result.initial_loss = run.result.train_loss[0]

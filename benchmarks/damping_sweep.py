@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.config import ConfigError, parse_arguments
+from benchmarks.common.progress import duration
+from benchmarks.common.tables import text_table
 from benchmarks.damping.config import SweepConfig
+from benchmarks.damping.report import HEADER, make_report, summary_row, write_report
 from benchmarks.damping.workers import run_sweep
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "damping_sweep" / "digits.yaml"
@@ -26,11 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     config = parse_arguments(SweepConfig, arguments, description=__doc__ or "", default=DEFAULT_CONFIG)
     torch.set_num_threads(config.threads)
     try:
-        done = run_sweep(config)
+        progressed = run_sweep(config)
     except ConfigError as error:
         sys.exit(f"damping_sweep: {error}")
-    print(done)
-    return config.folder
+    report = make_report(config, config.name.replace("_", " "))
+    page = write_report(report)
+    print(text_table(HEADER, [summary_row(summary) for summary in report.summaries]))
+    for name, found in report.findings.items():
+        for finding in found:
+            print(f"{name}: {finding.statement} -> {finding.verdict}: {finding.ours}")
+    if progressed.trials:
+        print(
+            f"{progressed.trials} trials in {duration(progressed.seconds)}: {progressed.trials_per_minute:.1f} per minute, "
+            f"{config.workers} worker(s); {100 * report.speed.compute_share:.1f} % of the trials' time was forward, backward "
+            f"and step, {100 * report.speed.evaluation_share:.1f} % evaluation"
+        )
+    print(f"page: {page}")
+    return page
 
 
 if __name__ == "__main__":

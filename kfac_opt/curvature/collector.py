@@ -7,17 +7,17 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.hooks import WeakHook
+from kfac_opt.curvature.passes import Arrival, LogitsArrival, Pass, Pending, on_gradient
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.distributed import num_ranks
 from kfac_opt.likelihoods import Likelihood, output_gradients
@@ -37,37 +37,6 @@ class Tracked(Protocol):
     def weight(self) -> nn.Parameter: ...
     @property
     def module(self) -> nn.Module | None: ...
-
-
-@dataclass
-class Pass:
-    """One forward pass of the model."""
-
-    calls: dict[str, list[Call]] = field(default_factory=dict)
-    edges: dict[str, list[GradientEdge]] = field(default_factory=dict)
-    statistics: dict[str, Statistics] = field(default_factory=dict)
-    gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)  # empirical: as they arrive
-    logits: Tensor | None = None
-    logits_gradient: Tensor | None = None
-    num_terms: int = 0
-    scale: float | None = None  # empirical: factor of the user's output gradients, if it can be read off
-
-
-@dataclass
-class Pending:
-    """What the passes since the last step add up to."""
-
-    statistics: dict[str, Statistics] = field(default_factory=dict)
-    num_terms: int = 0
-    open: list[Pass] = field(default_factory=list)  # empirical: backward may still come
-    settled: list[Pass] = field(default_factory=list)  # empirical: sums taken, scale of the step not yet known
-
-    def merge(self, other: Pending) -> None:
-        self.num_terms += other.num_terms
-        self.open += other.open
-        self.settled += other.settled
-        for name, statistics in other.statistics.items():
-            self.statistics.setdefault(name, Statistics()).merge(statistics)
 
 
 class Collector:
@@ -165,7 +134,7 @@ class Collector:
         current.edges.setdefault(name, []).append(edge)
         if self.fisher == "empirical":
             current.gradients.setdefault(name, []).append(None)
-            _on_gradient(edge, _Arrival(current, name, len(current.gradients[name]) - 1))
+            on_gradient(edge, Arrival(current, name, len(current.gradients[name]) - 1))
         if self.outputs is None:
             # No mask can come with the outputs: take the moment now, so that checkpointing can free the input.
             self._take_input(current, name, call)
@@ -218,7 +187,7 @@ class Collector:
             logits.register_hook(_Watch(self, logits.detach()))
         if self.fisher == "empirical":
             current.logits = logits.detach()
-            _on_gradient(get_gradient_edge(logits), _LogitsArrival(current))
+            on_gradient(get_gradient_edge(logits), LogitsArrival(current))
             self.pending.open.append(current)
         else:
             self._backward(current, logits, mask)
@@ -348,9 +317,7 @@ class Collector:
             if not bool(torch.isfinite(gradient).all()):
                 self.dropped += 1
                 break
-            else:
-                statistics = pending.statistics.setdefault(tracked.name, Statistics())
-                tracked.block.add_output(statistics, [], [gradient], None)
+            tracked.block.add_output(pending.statistics.setdefault(tracked.name, Statistics()), [], [gradient], None)
         pending.settled = []
 
     def count_dropped(self) -> int:
@@ -406,30 +373,6 @@ class Collector:
             )
 
 
-class _Arrival:
-    """Stores the gradient of one call of one layer during the user's backward."""
-
-    def __init__(self, current: Pass, name: str, index: int) -> None:
-        self.gradients, self.name, self.index = current.gradients, name, index
-
-    def __call__(self, gradient: Tensor) -> None:
-        calls = self.gradients.get(self.name)
-        if calls is not None:
-            before = calls[self.index]
-            calls[self.index] = gradient.detach() if before is None else before + gradient.detach()
-
-
-class _LogitsArrival:
-    def __init__(self, current: Pass) -> None:
-        self.current = weakref.ref(current)
-
-    def __call__(self, gradient: Tensor) -> None:
-        current = self.current()
-        if current is not None:
-            before = current.logits_gradient
-            current.logits_gradient = gradient.detach() if before is None else before + gradient.detach()
-
-
 class _Watch:
     """Holds the loss's gradient in the logits against the likelihood."""
 
@@ -440,17 +383,6 @@ class _Watch:
         collector = self.collector()
         if collector is not None:
             collector.contradiction(self.logits, gradient.detach())
-
-
-def _on_gradient(edge: GradientEdge, arrival: Callable[[Tensor], None]) -> None:
-    """Calls ``arrival`` with the gradient that reaches this edge, whatever in-place operation follows it."""
-
-    def before(gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[edge.output_nr]
-        if gradient is not None:
-            arrival(gradient)
-
-    edge.node.register_prehook(before)
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

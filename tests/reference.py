@@ -110,7 +110,9 @@ def convolution_rows(module: nn.Module, x: Tensor) -> Tensor:
         for number, tap in enumerate(taps):
             source = [
                 _padded_coordinate(
-                    position[axis] * module.stride[axis] - _left_right(module, axis)[0] + tap[axis] * module.dilation[axis],
+                    position[axis] * module.stride[axis]
+                    - _left_right(module, axis)[0]
+                    + tap[axis] * module.dilation[axis],
                     space[axis],
                     module.padding_mode,
                 )
@@ -196,7 +198,9 @@ def batch_size(inputs: Tensor | tuple[Tensor, ...]) -> int:
     return len(inputs[0] if isinstance(inputs, tuple) else inputs)
 
 
-def parameter_jacobian(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+def parameter_jacobian(
+    model: nn.Module, inputs: Tensor | tuple[Tensor, ...], parameters: Sequence[Tensor]
+) -> list[list[Tensor]]:
     """``[batch][parameter]``: Jacobian ``[outputs, *parameter.shape]`` of one example's flattened outputs."""
     table = []
     for n in range(batch_size(inputs)):
@@ -236,7 +240,7 @@ def layer_rows(
     class_dim: int | None = None,
     mask: Tensor | None = None,
 ) -> list[dict[str, Tensor | int]]:
-    """For each example: ``inputs [rows, groups, in]``, ``jacobian [outputs, rows, groups, out]``, ``hessian``, ``terms``.
+    """Per example ``inputs [rows, groups, in]``, ``jacobian [outputs, rows, groups, out]``, ``hessian``, ``terms``.
 
     Rows are all positions of all calls of the module. ``reduce`` averages the inputs and sums the
     output gradients of each call over its positions. ``mask [batch, positions]`` leaves rows out
@@ -249,13 +253,17 @@ def layer_rows(
         term_mask = None if mask is None else mask[n]
         hessian, terms = example_hessian(likelihood, outputs[0].detach(), class_dim, term_mask)
         per_output = [
-            torch.autograd.grad(o, [c[1] for c in calls], retain_graph=True, allow_unused=True) for o in outputs.reshape(-1)
+            torch.autograd.grad(o, [c[1] for c in calls], retain_graph=True, allow_unused=True)
+            for o in outputs.reshape(-1)
         ]
         a_calls, j_calls = [], []
         for c, (a, out) in enumerate(calls):
             a_rows = input_rows(module, a[0])
             j_rows = torch.stack(
-                [output_rows(module, torch.zeros_like(out[0]) if grads[c] is None else grads[c][0]) for grads in per_output]
+                [
+                    output_rows(module, torch.zeros_like(out[0]) if grads[c] is None else grads[c][0])
+                    for grads in per_output
+                ]
             )
             if term_mask is not None and len(a_rows) == term_mask.numel():
                 a_rows, j_rows = a_rows[term_mask.reshape(-1)], j_rows[:, term_mask.reshape(-1)]
@@ -278,7 +286,7 @@ def kronecker_factors(
     class_dim: int | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r""":math:`A = \frac1N \sum a a^\top`, :math:`G = \frac1R \sum J^\top H J`: ``[groups, in, in]``, ``[groups, out, out]``.
+    r"""Factors :math:`A = \frac1N \sum a a^\top` and :math:`G = \frac1R \sum J^\top H J`, one pair per group.
 
     ``N`` terms of the loss, ``R`` rows that the layer saw. Without groups the leading dimension is dropped.
     """
@@ -356,7 +364,11 @@ def per_example_fisher(
 
 
 def parameter_fisher_diagonal(
-    model: nn.Module, inputs: Tensor | tuple[Tensor, ...], parameter: Tensor, likelihood: str = "categorical", class_dim: int | None = None
+    model: nn.Module,
+    inputs: Tensor | tuple[Tensor, ...],
+    parameter: Tensor,
+    likelihood: str = "categorical",
+    class_dim: int | None = None,
 ) -> Tensor:
     """Diagonal of the exact Fisher for one parameter, in its shape."""
     total, terms = torch.zeros_like(parameter).reshape(-1), 0

@@ -106,13 +106,17 @@ def pool(x: Tensor) -> Tensor:
     return x.flatten(2).mean(2)
 
 
-def mlp(dtype: torch.dtype = torch.float64, activation: Callable[[], nn.Module] = nn.Tanh, classes: int = 3) -> nn.Sequential:
+def mlp(
+    dtype: torch.dtype = torch.float64, activation: Callable[[], nn.Module] = nn.Tanh, classes: int = 3
+) -> nn.Sequential:
     """Two linear layers ``"0"`` and ``"2"`` on 4 features."""
     torch.manual_seed(11)
     return nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, classes)).to(dtype)
 
 
-def data(batch: int = 8, features: int = 4, classes: int = 3, dtype: torch.dtype = torch.float64, seed: int = 5) -> tuple[Tensor, Tensor]:
+def data(
+    batch: int = 8, features: int = 4, classes: int = 3, dtype: torch.dtype = torch.float64, seed: int = 5
+) -> tuple[Tensor, Tensor]:
     """Standard normal inputs and uniform labels."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, features, generator=generator, dtype=torch.float64).to(dtype)

@@ -58,7 +58,10 @@ def test_decay_can_change_between_steps_and_differ_per_group():
     factors = {n: [reference.kronecker_factors(model, x, n)[0] for x in BATCHES] for n in ("0", "2")}
     optimizer = bare_kfac(
         model,
-        [{"params": model[0].parameters(), "factor_decay": 0.5}, {"params": model[2].parameters(), "factor_decay": 0.9}],
+        [
+            {"params": model[0].parameters(), "factor_decay": 0.5},
+            {"params": model[2].parameters(), "factor_decay": 0.9},
+        ],
     )
     estimate(optimizer, model, BATCHES[0])
     estimate(optimizer, model, BATCHES[1])

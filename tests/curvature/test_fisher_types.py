@@ -44,7 +44,9 @@ CASES = {
 def test_sampled_output_factor_is_unbiased(likelihood, labels):
     model, (x, _) = mlp(), data()
     expected = reference.kronecker_factors(model, x, "0", likelihood)[1]
-    optimizer = bare_kfac(model, fisher="mc", label_samples=labels, likelihood=likelihood, factor_decay=0.0, inverse_interval=10**6)
+    optimizer = bare_kfac(
+        model, fisher="mc", label_samples=labels, likelihood=likelihood, factor_decay=0.0, inverse_interval=10**6
+    )
     samples = []
     for _ in range(400):
         estimate(optimizer, model, x)
@@ -96,7 +98,7 @@ def test_exact_factors_are_deterministic_where_rows_depend_on_one_term(case):
 
 
 def test_exact_factor_is_unbiased_where_terms_mix():
-    """Every token's loss reaches every position: the random sign per term makes cross products vanish in expectation."""
+    """Every token's loss reaches every position: a random sign per term makes cross products vanish in expectation."""
 
     class Mixing(nn.Module):
         def __init__(self) -> None:
@@ -121,7 +123,9 @@ def test_exact_factor_is_unbiased_where_terms_mix():
 
 def test_exact_fisher_of_batch_norm_in_training_mode_is_unbiased():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Tanh(), nn.Linear(3, 3)).to(DOUBLE)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Tanh(), nn.Linear(3, 3)).to(
+        DOUBLE
+    )
     x, _ = data(4)
     # terms mix: E over signs of the row's outer product is the sum over terms of J^T H J of the whole batch
     handle_outputs: list[torch.Tensor] = []

@@ -99,7 +99,9 @@ def test_factored_damping_does_not_depend_on_which_factor_carries_the_scale():
     x = torch.randn(6, 4, dtype=DOUBLE)
     blocks = []
     for c in (1.0, 16.0):
-        model = nn.Sequential(Lambda(lambda h, c=c: c * h), nn.Linear(4, 4, bias=False), Lambda(lambda h, c=c: h / c)).to(DOUBLE)
+        model = nn.Sequential(
+            Lambda(lambda h, c=c: c * h), nn.Linear(4, 4, bias=False), Lambda(lambda h, c=c: h / c)
+        ).to(DOUBLE)
         with torch.no_grad():
             model[1].weight.copy_(torch.eye(4))
         optimizer = bare_kfac(model, damping=0.1, damping_style="factored")
@@ -155,7 +157,9 @@ def test_relative_damping_never_falls_below_a_tenth_of_the_largest_scale_seen(sh
     tau = reference.layer_scale(a, g)
     gamma = 0.3 * max(tau, 0.1 * tau / shrink)
     assert floor_active == (gamma > 0.3 * tau)
-    optimizer = bare_kfac(model, likelihood="gaussian", damping=0.3, damping_scale="relative", damping_style="exact", factor_decay=0.0)
+    optimizer = bare_kfac(
+        model, likelihood="gaussian", damping=0.3, damping_scale="relative", damping_style="exact", factor_decay=0.0
+    )
     estimate(optimizer, model, x)
     estimate(optimizer, model, small)
     v = torch.randn(3, 4, dtype=DOUBLE)
@@ -165,7 +169,13 @@ def test_relative_damping_never_falls_below_a_tenth_of_the_largest_scale_seen(sh
 def test_the_largest_scale_seen_survives_a_checkpoint():
     torch.manual_seed(0)
     x = torch.randn(6, 4, dtype=DOUBLE)
-    options = {"likelihood": "gaussian", "damping": 0.3, "damping_scale": "relative", "damping_style": "exact", "factor_decay": 0.0}
+    options = {
+        "likelihood": "gaussian",
+        "damping": 0.3,
+        "damping_scale": "relative",
+        "damping_style": "exact",
+        "factor_decay": 0.0,
+    }
     model = nn.Sequential(nn.Linear(4, 3, bias=False)).to(DOUBLE)
     optimizer = bare_kfac(model, **options)
     estimate(optimizer, model, x)
@@ -241,7 +251,12 @@ def test_rank_deficient_factors_in_float32_give_a_finite_descent_direction(curva
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 10))
     x, y = torch.randn(1, 30), torch.tensor([3])
     optimizer = bare_kfac(
-        model, damping=damping, damping_scale="relative", damping_style=style, curvature=curvature, factor_dtype=torch.float32
+        model,
+        damping=damping,
+        damping_scale="relative",
+        damping_style=style,
+        curvature=curvature,
+        factor_dtype=torch.float32,
     )
     F.cross_entropy(model(x), y).backward()
     raw = gradients(model)

@@ -29,7 +29,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     try:
         while not context.join(timeout=1.0):
             if time.monotonic() > end:
-                raise TimeoutError(f"the ranks did not finish within {SECONDS:g} seconds: a collective that not all joined")
+                raise TimeoutError(
+                    f"the ranks did not finish within {SECONDS:g} seconds: a collective that not all joined"
+                )
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -122,7 +124,8 @@ def test_a_given_process_group_is_used(ranks):
     alone = SCENARIOS["own group"](None)
     assert_close(ranks[0]["own group"]["blocks"], alone["blocks"])
     assert any(
-        not torch.allclose(ranks[0]["own group"]["blocks"][n], ranks[1]["own group"]["blocks"][n]) for n in alone["blocks"]
+        not torch.allclose(ranks[0]["own group"]["blocks"][n], ranks[1]["own group"]["blocks"][n])
+        for n in alone["blocks"]
     )
 
 

@@ -272,7 +272,9 @@ def sharded(rank: int | None) -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[int | None], dict[str, Any]]] = {
     **{
-        f"{curvature} {style} {fisher}": lambda rank, c=curvature, s=style, f=fisher: train(rank, curvature=c, damping_style=s, fisher=f)
+        f"{curvature} {style} {fisher}": lambda rank, c=curvature, s=style, f=fisher: train(
+            rank, curvature=c, damping_style=s, fisher=f
+        )
         for curvature, style, fisher in (
             ("kronecker", "factored", "exact"),
             ("kronecker", "exact", "exact"),

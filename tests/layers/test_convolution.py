@@ -116,7 +116,10 @@ def test_reference_patches_reach_the_weights_that_the_convolution_uses(options):
     f = reference.fisher_block(model, x, "0")
     examples = reference.layer_rows(model, x, "0")
     a, j = examples[0]["inputs"][0], examples[0]["jacobian"][:, 0]
-    blocks = [reference.dense_kronecker(a[k].outer(a[k])[None], (j[:, k].T @ examples[0]["hessian"] @ j[:, k])[None]) for k in range(len(a))]
+    blocks = [
+        reference.dense_kronecker(a[k].outer(a[k])[None], (j[:, k].T @ examples[0]["hessian"] @ j[:, k])[None])
+        for k in range(len(a))
+    ]
     in_dim, groups = a.shape[-1], a.shape[0]
     index = torch.arange(out * in_dim).reshape(in_dim, groups, -1)
     for k, block in enumerate(blocks):
@@ -147,7 +150,11 @@ def test_step_equals_a_dense_solve(options):
     v = reference.module_matrix(model[0], lambda p: p.grad.clone())
     optimizer.precondition_gradients_()
     # the dense solve's own error: eps * condition (largest eigenvalue of A ⊗ G over the damping, below 1e4)
-    close(reference.module_matrix(model[0], lambda p: p.grad), reference.dense_solve(reference.dense_kronecker(a, g), 0.02, v), rtol=1e-9)
+    close(
+        reference.module_matrix(model[0], lambda p: p.grad),
+        reference.dense_solve(reference.dense_kronecker(a, g), 0.02, v),
+        rtol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("options", ["plain", "padded", "strided", "dilated", "grouped", "same"])
@@ -171,7 +178,9 @@ def test_every_map_size_has_the_right_scale(size, options):
     settings = dict(CONVOLUTIONS_2D[options])
     if settings.get("kernel_size", 3) == 5 and min(size) < 5:
         settings["padding"] = 4
-    assert_convolution(network(nn.Conv2d, channels=2, out=2, **settings), torch.randn(2, 2, *size, dtype=DOUBLE), "expand")
+    assert_convolution(
+        network(nn.Conv2d, channels=2, out=2, **settings), torch.randn(2, 2, *size, dtype=DOUBLE), "expand"
+    )
 
 
 def test_channels_last_inputs_give_the_same_factors():
@@ -188,7 +197,9 @@ def test_channels_last_inputs_give_the_same_factors():
 def test_an_unbatched_image_is_one_example_of_a_convolution():
     """``[channels, height, width]``: torch's convolutions take it, so it must not be read as a batch of channels."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), Lambda(lambda h: h.flatten(1).mean(1)[None]), nn.Linear(3, 3)).to(DOUBLE)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 2), nn.Tanh(), Lambda(lambda h: h.flatten(1).mean(1)[None]), nn.Linear(3, 3)
+    ).to(DOUBLE)
     x = torch.randn(2, 4, 4, dtype=DOUBLE)
     batched = nn.Sequential(model[0], model[1], Lambda(pool), model[3])
     a, g = reference.kronecker_factors(batched, x[None], "0")
@@ -198,7 +209,10 @@ def test_an_unbatched_image_is_one_example_of_a_convolution():
     close(optimizer.curvature["0"].output_factor, g)
 
 
-@pytest.mark.parametrize(("channels", "kernel", "options"), [(40, 3, {"padding": 1}), (210, 3, {"padding": 1}), (20, 5, {"padding": 2}), (40, 3, {"stride": 2})])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "options"),
+    [(40, 3, {"padding": 1}), (210, 3, {"padding": 1}), (20, 5, {"padding": 2}), (40, 3, {"stride": 2})],
+)
 def test_many_channels_give_the_factor_of_the_unfolded_image(channels, kernel, options):
     """Implementations may change the algorithm with the number of channels."""
     torch.manual_seed(0)
@@ -213,6 +227,7 @@ def test_many_channels_give_the_factor_of_the_unfolded_image(channels, kernel, o
 
 def test_convolution_behind_an_in_place_relu():
     """The output tensor is rewritten by the next module; the gradient must be the one before it."""
+
     def make(inplace: bool) -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(inplace=inplace), Lambda(pool), nn.Linear(3, 3)).to(DOUBLE)

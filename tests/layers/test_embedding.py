@@ -15,14 +15,17 @@ DOUBLE = torch.float64
 
 def network(vocabulary: int = 6, **options) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(vocabulary, 3, **options), nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(3, 3)).to(DOUBLE)
+    return nn.Sequential(
+        nn.Embedding(vocabulary, 3, **options), nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(3, 3)
+    ).to(DOUBLE)
 
 
 TOKENS = torch.tensor([[0, 1, 1, 3], [3, 2, 1, 0], [4, 4, 4, 4], [2, 0, 1, 2], [1, 3, 0, 2]])
 
 
-@pytest.mark.parametrize("sharing", ["expand"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_factors_equal_brute_force_with_a_diagonal_input_side(sharing):
+    """One-hot rows make A diagonal by itself; averaged rows (reduce) do not, and only its diagonal is kept."""
     model = network()
     a, g = reference.kronecker_factors(model, TOKENS, "0", sharing=sharing)
     optimizer = bare_kfac(model, weight_sharing=sharing)
@@ -31,7 +34,9 @@ def test_factors_equal_brute_force_with_a_diagonal_input_side(sharing):
     assert view.input_factor.shape == (6,)
     close(view.input_factor, a.diagonal())
     close(view.output_factor, g)
-    close(view.to_dense(), torch.kron(a, g))  # one-hot rows: A is diagonal by itself
+    close(view.to_dense(), torch.kron(a.diagonal().diag(), g))
+    if sharing == "expand":
+        assert torch.equal(a, a.diagonal().diag())
 
 
 def test_input_factor_counts_tokens_per_example():
@@ -144,3 +149,27 @@ def test_token_model_with_a_loss_per_token():
     estimate(optimizer, model, TOKENS)
     close(optimizer.curvature["0"].to_dense(), torch.kron(a, g))
     close(optimizer.curvature["0"].input_factor.sum(), torch.tensor(1.0, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis"])
+def test_an_embedding_called_twice(curvature):
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = self.embedding(x[:, :1]), self.embedding(x[:, 1:])
+            return self.head(torch.tanh(torch.cat([first.mean(1), second.mean(1)], dim=1)))
+
+    torch.manual_seed(0)
+    model = Pair().to(DOUBLE)
+    a, g = reference.kronecker_factors(model, TOKENS, "embedding")
+    expected = torch.kron(a, g)
+    if curvature == "eigenbasis":
+        per_example, terms = reference.per_example_fisher(model, TOKENS, "embedding")
+        qa, qg = torch.eye(6, dtype=DOUBLE), torch.linalg.eigh(g)[1]
+        expected = reference.dense_eigenbasis(reference.eigenbasis_scales(per_example, terms, qa, qg), qa, qg)
+    optimizer = bare_kfac(model, curvature=curvature)
+    estimate(optimizer, model, TOKENS)
+    close(optimizer.curvature["embedding"].to_dense(), expected, rtol=1e-9)

@@ -57,17 +57,37 @@ class Bare(nn.Module):
 
 SEQUENCE = (3, 2, 4)
 CASES = {
-    "multihead attention": (Attention, SEQUENCE, ["attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"]),
-    "rnn": (lambda: Recurrent(nn.RNN), SEQUENCE, [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]),
-    "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCE, [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]),
-    "gru": (lambda: Recurrent(nn.GRU), SEQUENCE, [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]),
+    "multihead attention": (
+        Attention,
+        SEQUENCE,
+        ["attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"],
+    ),
+    "rnn": (
+        lambda: Recurrent(nn.RNN),
+        SEQUENCE,
+        [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
+    ),
+    "lstm": (
+        lambda: Recurrent(nn.LSTM),
+        SEQUENCE,
+        [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
+    ),
+    "gru": (
+        lambda: Recurrent(nn.GRU),
+        SEQUENCE,
+        [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
+    ),
     "transposed convolution": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Tanh(), Lambda(pool), nn.Linear(3, 3)),
         (3, 2, 3, 3),
         ["0.weight", "0.bias"],
     ),
     "bare parameters": (Bare, (3, 4), ["weight", "temperature"]),
-    "bilinear": (lambda: nn.Sequential(Lambda(lambda x: x), Bilinear(), nn.Linear(3, 3)), (3, 4), ["1.inner.weight", "1.inner.bias"]),
+    "bilinear": (
+        lambda: nn.Sequential(Lambda(lambda x: x), Bilinear(), nn.Linear(3, 3)),
+        (3, 4),
+        ["1.inner.weight", "1.inner.bias"],
+    ),
     "prelu": (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 3)), (3, 4), ["1.weight"]),
 }
 

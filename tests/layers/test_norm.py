@@ -32,7 +32,9 @@ def behind_convolution(norm: nn.Module) -> nn.Sequential:
 
 def behind_sequence(norm: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
-    return randomise(nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(6, 3)).to(DOUBLE))
+    return randomise(
+        nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(6, 3)).to(DOUBLE)
+    )
 
 
 def frozen_statistics(norm: nn.Module) -> nn.Module:
@@ -47,6 +49,7 @@ CASES = {
     "layer norm over positions": (lambda: behind_sequence(nn.LayerNorm(6)), (5, 3, 4)),
     "layer norm over two dimensions": (lambda: behind_sequence(nn.LayerNorm((3, 6))), (5, 3, 4)),
     "group norm": (lambda: behind_convolution(nn.GroupNorm(3, 6)), (4, 2, 4, 4)),
+    "instance norm": (lambda: behind_convolution(nn.InstanceNorm2d(6, affine=True)), (4, 2, 4, 4)),
     "group norm on vectors": (lambda: behind_linear(nn.GroupNorm(2, 6)), (5, 4)),
     "batch norm 2d": (lambda: behind_convolution(frozen_statistics(nn.BatchNorm2d(6))), (4, 2, 4, 4)),
     "batch norm 1d": (lambda: behind_linear(frozen_statistics(nn.BatchNorm1d(6))), (5, 4)),
@@ -101,7 +104,9 @@ def test_duplicating_every_example_changes_nothing(case, curvature):
         close(results[1][1][name], results[0][1][name])
 
 
-@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(6, bias=False), lambda: nn.LayerNorm(6)], ids=["no bias", "frozen bias"])
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.LayerNorm(6, bias=False), lambda: nn.LayerNorm(6)], ids=["no bias", "frozen bias"]
+)
 def test_scale_without_a_trained_shift(norm):
     model = behind_linear(norm())
     if model[1].bias is not None:
@@ -116,7 +121,11 @@ def test_scale_without_a_trained_shift(norm):
 
 @pytest.mark.parametrize(
     ("norm", "shape"),
-    [(nn.BatchNorm1d(6), (8, 4)), (nn.BatchNorm2d(6), (4, 2, 4, 4)), (nn.BatchNorm1d(6, track_running_stats=False), (8, 4))],
+    [
+        (nn.BatchNorm1d(6), (8, 4)),
+        (nn.BatchNorm2d(6), (4, 2, 4, 4)),
+        (nn.BatchNorm1d(6, track_running_stats=False), (8, 4)),
+    ],
     ids=["1d", "2d", "no running statistics"],
 )
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis"])
@@ -144,10 +153,29 @@ def test_running_statistics_are_those_of_training_without_kfac():
             model(x)
             if attached:
                 optimizer.step()
-        stats.append((model[1].running_mean.clone(), model[1].running_var.clone(), model[1].num_batches_tracked.clone()))
+        stats.append(
+            (model[1].running_mean.clone(), model[1].running_var.clone(), model[1].num_batches_tracked.clone())
+        )
     assert all(torch.equal(a, b) for a, b in zip(*stats))
 
 
 def test_norm_without_parameters_is_no_layer():
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 3)).to(DOUBLE)
     assert list(bare_kfac(model).curvature) == ["0", "2"]
+
+
+def test_a_norm_layer_called_twice_joins_the_calls_of_one_example():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.head = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.norm(torch.tanh(self.norm(self.first(x))))))
+
+    torch.manual_seed(0)
+    model, (x, _) = randomise(Twice().to(DOUBLE)), data()
+    expected = norm_block(model, x, "norm")
+    optimizer = bare_kfac(model)
+    estimate(optimizer, model, x)
+    close(optimizer.curvature["norm"].to_dense(), expected)

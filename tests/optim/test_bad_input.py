@@ -47,7 +47,24 @@ def test_every_range_is_checked_in_the_constructor(name, value):
         KFAC(mlp(), **{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [r for r in RANGES if r[0] in ("lr", "momentum", "damping", "weight_decay", "factor_decay", "factor_interval", "inverse_interval", "kl_clip")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        r
+        for r in RANGES
+        if r[0]
+        in (
+            "lr",
+            "momentum",
+            "damping",
+            "weight_decay",
+            "factor_decay",
+            "factor_interval",
+            "inverse_interval",
+            "kl_clip",
+        )
+    ],
+)
 def test_ranges_of_a_group_are_checked_too(name, value):
     model = mlp()
     with pytest.raises((TypeError, ValueError), match=name):
@@ -72,7 +89,16 @@ def test_an_unknown_word_lists_the_known_ones(name, word):
 
 
 def test_the_boundaries_of_the_ranges_are_allowed():
-    KFAC(mlp(), lr=0.0, momentum=0.0, weight_decay=0.0, factor_decay=0.0, ramp_steps=0, kl_clip=None, max_relative_update=None)
+    KFAC(
+        mlp(),
+        lr=0.0,
+        momentum=0.0,
+        weight_decay=0.0,
+        factor_decay=0.0,
+        ramp_steps=0,
+        kl_clip=None,
+        max_relative_update=None,
+    )
     KFAC(mlp(), factor_interval=1, inverse_interval=1, label_samples=1, damping=1e-30, momentum=0.999)
 
 
@@ -113,7 +139,10 @@ def test_weight_and_bias_in_different_groups():
 
 def test_weight_and_bias_in_different_groups_are_fine_where_no_matrix_needs_both():
     model = mlp()
-    groups = [{"params": [model[0].weight, model[2].weight]}, {"params": [model[0].bias, model[2].bias], "weight_decay": 0.0}]
+    groups = [
+        {"params": [model[0].weight, model[2].weight]},
+        {"params": [model[0].bias, model[2].bias], "weight_decay": 0.0},
+    ]
     for curvature in ("diagonal", "identity"):
         KFAC(model, groups, curvature=curvature).detach()
 
@@ -411,7 +440,9 @@ def no_factorisation(matrix: torch.Tensor, **_kwargs):
     return torch.full_like(matrix, NAN), torch.ones(matrix.shape[:-2], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("curvature", "style"), [("kronecker", "factored"), ("kronecker", "exact"), ("eigenbasis", "factored")])
+@pytest.mark.parametrize(
+    ("curvature", "style"), [("kronecker", "factored"), ("kronecker", "exact"), ("eigenbasis", "factored")]
+)
 def test_a_failing_factorisation_keeps_the_old_inverse_and_in_the_end_names_the_layer(monkeypatch, curvature, style):
     model, (x, y) = mlp(torch.float32), data(dtype=torch.float32)
     optimizer = bare_kfac(model, lr=1e-3, curvature=curvature, damping_style=style, factor_dtype=torch.float32)
@@ -458,7 +489,7 @@ def test_a_matrix_of_huge_and_tiny_scales_stays_finite():
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
 @pytest.mark.parametrize("style", ["factored", "exact"])
 def test_a_saturated_model_without_any_curvature_still_moves(curvature, style):
-    """All probabilities are 0 or 1 in float32: the sampled Fisher is exactly zero, the loss and its gradient are not."""
+    """All probabilities are 0 or 1 in float32: the sampled Fisher is exactly zero, the gradient is not."""
     model = nn.Sequential(nn.Linear(6, 3))
     x, y = 1e4 * torch.randn(32, 6), torch.randint(3, (32,))
     optimizer = KFAC(model, lr=0.1, curvature=curvature, damping_style=style)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,17 +49,17 @@ def test_without_a_ramp_the_intervals_are_kept_from_the_first_step(factor_interv
 def test_ramp_renews_factors_every_step_and_inverses_after_1_1_2_4_steps():
     factors, inverses = watch(40, factor_interval=5, inverse_interval=20, ramp_steps=10)
     assert factors[:10] == list(range(10))
-    assert all(later - earlier == 5 for earlier, later in zip(factors[10:], factors[11:]))
+    assert all(later - earlier == 5 for earlier, later in pairwise(factors[10:]))
     assert 10 <= factors[10] <= 14
     assert inverses[:5] == [0, 1, 2, 4, 8]
-    assert all(later - earlier <= 20 for earlier, later in zip(inverses, inverses[1:]))
+    assert all(later - earlier <= 20 for earlier, later in pairwise(inverses))
 
 
 def test_ramp_ends_at_the_interval():
     """After 1, 1, 2, 4, 8 steps the inverses are renewed at the interval, never more rarely."""
     _, inverses = watch(60, factor_interval=1, inverse_interval=8, ramp_steps=10)
     assert inverses[:5] == [0, 1, 2, 4, 8]
-    assert [b - a for a, b in zip(inverses[4:], inverses[5:])] == [8] * (len(inverses) - 5)
+    assert [b - a for a, b in pairwise(inverses[4:])] == [8] * (len(inverses) - 5)
 
 
 def test_defaults_ramp_up():
@@ -71,7 +73,7 @@ def test_defaults_ramp_up():
         model((1 + step) * data(8, seed=step)[0])
         optimizer.step()
         seen.append(optimizer.curvature["0"].input_factor.clone())
-    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:]))
+    assert all(not torch.equal(a, b) for a, b in pairwise(seen))
 
 
 @pytest.mark.parametrize("passes", [1, 3])

@@ -31,12 +31,20 @@ def test_partial_with_the_model_is_an_optimizer_factory():
     optimizer = factory(model.parameters(), lr=0.1)
     train_step(optimizer, model, *data())
     optimizer.detach()
-    assert [len(g["params"]) for g in factory([{"params": model[0].parameters()}, {"params": model[2].parameters()}]).param_groups] == [2, 2]
+    assert [
+        len(g["params"])
+        for g in factory([{"params": model[0].parameters()}, {"params": model[2].parameters()}]).param_groups
+    ] == [2, 2]
 
 
 def test_params_may_be_a_generator_a_list_groups_or_named():
     model = mlp()
-    for params in (model.parameters(), list(model.parameters()), [{"params": model.parameters(), "lr": 0.2}], model.named_parameters()):
+    for params in (
+        model.parameters(),
+        list(model.parameters()),
+        [{"params": model.parameters(), "lr": 0.2}],
+        model.named_parameters(),
+    ):
         optimizer = KFAC(model, params, lr=0.1)
         train_step(optimizer, model, *data())
         assert len(optimizer.curvature) == 2
@@ -47,7 +55,9 @@ def test_none_means_all_trainable_parameters():
     model = mlp()
     model[0].bias.requires_grad_(False)
     optimizer = KFAC(model)
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("curvature", ["kronecker", "identity"])
@@ -168,7 +178,9 @@ def test_channels_last_gradients():
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double().to(memory_format=memory_format)
+        model = (
+            nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double().to(memory_format=memory_format)
+        )
         x = torch.randn(4, 2, 4, 4, dtype=torch.float64).to(memory_format=memory_format)
         optimizer = bare_kfac(model, lr=0.1, momentum=0.9)
         for _ in range(3):
@@ -198,7 +210,10 @@ def test_preconditioning_then_sgd_is_a_kfac_step():
 
 def test_preconditioning_uses_neither_clip_nor_momentum_nor_decay_nor_learning_rate():
     results = []
-    for options in ({}, {"lr": 5.0, "momentum": 0.9, "weight_decay": 0.3, "kl_clip": 1e-6, "max_relative_update": 1e-6}):
+    for options in (
+        {},
+        {"lr": 5.0, "momentum": 0.9, "weight_decay": 0.3, "kl_clip": 1e-6, "max_relative_update": 1e-6},
+    ):
         model = mlp()
         optimizer = bare_kfac(model, **options)
         for step in range(3):

@@ -30,12 +30,20 @@ def batches(count: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ("momentum", "nesterov", "weight_decay", "maximize", "foreach"),
     [
         (m, n, w, x, f)
-        for m, n, w, x, f in itertools.product((0.0, 0.9), (False, True), (0.0, 0.1), (False, True), (None, False, True))
+        for m, n, w, x, f in itertools.product(
+            (0.0, 0.9), (False, True), (0.0, 0.1), (False, True), (None, False, True)
+        )
         if not (n and m == 0.0)
     ],
 )
 def test_identity_is_torchs_sgd_bit_for_bit(momentum, nesterov, weight_decay, maximize, foreach):
-    common = {"lr": 0.05, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+    common = {
+        "lr": 0.05,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
     ours, theirs = mlp(torch.float32), mlp(torch.float32)
     kfac = KFAC(ours, curvature="identity", decoupled_weight_decay=False, foreach=foreach, **common)
     sgd = torch.optim.SGD(theirs.parameters(), foreach=False, **common)
@@ -157,7 +165,12 @@ def test_step_follows_the_contract(rule, foreach, curvature):
     ours, twin = mlp(), mlp()
     names = {"bound": "max_relative_update", "decoupled": "decoupled_weight_decay"}
     optimizer = bare_kfac(
-        ours, lr=0.3, curvature=curvature, foreach=foreach, **CURVATURE, **{names.get(k, k): v for k, v in options.items()}
+        ours,
+        lr=0.3,
+        curvature=curvature,
+        foreach=foreach,
+        **CURVATURE,
+        **{names.get(k, k): v for k, v in options.items()},
     )
     directions = bare_kfac(twin, curvature=curvature, **CURVATURE)
     buffers: dict[str, torch.Tensor] = {}

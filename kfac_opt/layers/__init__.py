@@ -1,13 +1,14 @@
 """Layers as linear maps: one adapter per layer type."""
 
 from kfac_opt.layers import conv, embedding, linear, norm
-from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, find_adapter, register_layer
+from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, append_one, find_adapter, register_layer
 from kfac_opt.layers.layout import MatrixLayout
 
 __all__ = [
     "LayerAdapter",
     "MatrixLayout",
     "WeightSharing",
+    "append_one",
     "conv",
     "embedding",
     "find_adapter",

@@ -12,6 +12,9 @@ from torch.distributed import ProcessGroup
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 from kfac_opt.optim.attached import CurvatureOptions
 from kfac_opt.optim.base import CurvatureOptimizer
+from kfac_opt.optim.options import check_number
+from kfac_opt.optim.posteriors import build_posterior, posterior_blocks
+from kfac_opt.posterior import Posterior, Width
 
 
 class KFAC(CurvatureOptimizer):
@@ -152,3 +155,32 @@ class KFAC(CurvatureOptimizer):
             process_group=process_group,
         )
         super().__init__(model, params, defaults, options, generator)
+
+    def posterior(self, num_data: float, prior_precision: float = 1.0, temperature: float = 1.0) -> Posterior:
+        r"""Laplace posterior around the current weights (Ritter, Botev & Barber 2018): no damping, no floor.
+
+        The covariance is :math:`(\mathrm{num\_data}\,F / \mathrm{temperature} + \mathrm{prior\_precision}\, I)^{-1}`
+        with the averaged factors of training; ``fit_laplace`` takes them over a whole data set instead. Predict with
+        ``linearized_predict``: weight samples of a post-hoc Laplace posterior often predict badly.
+
+        Args:
+            num_data: number of terms of the loss over the data set.
+
+        Raises:
+            RuntimeError: before the first estimate.
+            ValueError: for numbers that are not positive.
+        """
+        owner = "KFAC.posterior"
+        for name, value in (("num_data", num_data), ("prior_precision", prior_precision), ("temperature", temperature)):
+            check_number(owner, name, value, low=0.0, open_low=True)
+        model, width = self._require_model(), Width(num_data / temperature, prior_precision)
+        return build_posterior(
+            owner,
+            model,
+            posterior_blocks(model, self._tracked.values(), self._block_state, lambda _: width),
+            [parameter for group in self.param_groups for parameter in group["params"]],
+            width=width,
+            likelihood=self._likelihood,
+            seed=self._base_seed,
+            num_data=num_data,
+        )

@@ -8,6 +8,7 @@ between two rotations.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -62,11 +63,10 @@ class PosteriorBlock:
         form: the Fisher block.
         width: data size, prior and floor.
         damping: ``"exact"``: :math:`V_{ij} = 1 / (\mathrm{ess}\,(\lambda_{ij} + d))`, :math:`d = \delta +` floor;
-            ``"factored"`` (needs ``factor_values``):
+            ``"factored"`` (for Kronecker blocks, whose eigenvalues are products :math:`\lambda^G_i \lambda^A_j`):
             :math:`V_{ij} = 1 / (\mathrm{ess}\,(\lambda^G_i + \sqrt d/\pi)(\lambda^A_j + \pi\sqrt d))`, as in Noisy
             K-FAC (Zhang et al. 2018, arXiv:1712.02390). It is too narrow in directions that neither factor
             determines, up to an order of magnitude, and therefore not the default.
-        factor_values: eigenvalues ``λ^G [groups, out_dim]`` and ``λ^A [groups, in_dim]`` of a Kronecker block.
     """
 
     weight: str
@@ -75,7 +75,6 @@ class PosteriorBlock:
     form: SpectralForm
     width: Width
     damping: PosteriorDamping = "exact"
-    factor_values: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.form.eigenvalues.shape) != self.layout.shape:
@@ -98,9 +97,12 @@ class PosteriorBlock:
     def spectrum(self) -> Tensor:
         """``V [groups, out_dim, in_dim]``: eigenvalues of the covariance."""
         d = self.width.delta + self.width.floor
-        if self.damping == "exact" or self.factor_values is None:
-            return 1.0 / (self.width.ess * (self.form.eigenvalues + d))
-        outputs, inputs = self.factor_values
+        values = self.form.eigenvalues
+        if self.damping == "exact":
+            return 1.0 / (self.width.ess * (values + d))
+        # Only the product of the two factors is known here, but V does not depend on how a constant is shared out.
+        outputs, mean = values.mean(-1), values.mean((-1, -2))
+        inputs = values.mean(-2) / torch.where(mean > 0, mean, 1.0).unsqueeze(-1)
         pi = pi_correction(inputs.mean(-1), outputs.mean(-1)).unsqueeze(-1)
         outputs, inputs = outputs + math.sqrt(d) / pi, inputs + math.sqrt(d) * pi
         return 1.0 / (self.width.ess * outputs.unsqueeze(-1) * inputs.unsqueeze(-2))
@@ -131,15 +133,11 @@ class PosteriorBlock:
         """The same Fisher block under another data size, prior or floor."""
         return replace(self, width=width)
 
-    def map(self, function: Any) -> PosteriorBlock:
+    def map(self, function: Callable[[Tensor], Tensor]) -> PosteriorBlock:
         """The block with ``function`` applied to every tensor."""
-        form, values = self.form, self.factor_values
+        form = self.form
         bases = [None if basis is None else function(basis) for basis in (form.output_basis, form.input_basis)]
-        return replace(
-            self,
-            form=SpectralForm(bases[0], bases[1], function(form.eigenvalues)),
-            factor_values=None if values is None else (function(values[0]), function(values[1])),
-        )
+        return replace(self, form=SpectralForm(bases[0], bases[1], function(form.eigenvalues)))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and words."""
@@ -150,7 +148,6 @@ class PosteriorBlock:
             "output_basis": self.form.output_basis,
             "input_basis": self.form.input_basis,
             "eigenvalues": self.form.eigenvalues,
-            "factor_values": None if self.factor_values is None else list(self.factor_values),
             "damping": self.damping,
             "ess": self.width.ess,
             "prior_precision": self.width.prior_precision,
@@ -160,7 +157,6 @@ class PosteriorBlock:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PosteriorBlock:
         """The block that :meth:`state_dict` wrote down."""
-        values = state["factor_values"]
         return cls(
             weight=state["weight"],
             bias=state["bias"],
@@ -168,7 +164,6 @@ class PosteriorBlock:
             form=SpectralForm(state["output_basis"], state["input_basis"], state["eigenvalues"]),
             width=Width(state["ess"], state["prior_precision"], state["floor"]),
             damping=state["damping"],
-            factor_values=None if values is None else (values[0], values[1]),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -75,21 +75,25 @@ class Posterior:
         blocks: Iterable[PosteriorBlock],
         *,
         width: Width,
+        names: Collection[str] | None = None,
         likelihood: LikelihoodName | Likelihood = "categorical",
         seed: int = 0,
         num_data: float | None = None,
         log_likelihood: float | None = None,
     ) -> Posterior:
-        """Around the current weights of ``model``; trainable parameters without a block get the prior's variance.
+        """Around the current weights of ``model``; random parameters without a block get the prior's variance.
 
         Args:
             blocks: the curved layers.
             width: of the parameters that no block covers.
+            names: the random parameters; None: the trainable ones.
         """
         blocks = list(blocks)
         covered = {name for block in blocks for name in block.names}
         named = dict(unwrapped(model).named_parameters())
-        means = {name: parameter for name, parameter in named.items() if parameter.requires_grad or name in covered}
+        if names is None:
+            names = [name for name, parameter in named.items() if parameter.requires_grad or name in covered]
+        means = {name: parameter for name, parameter in named.items() if name in names}
         blocks += [uncurved_block(name, mean, width) for name, mean in means.items() if name not in covered]
         return cls(
             means,

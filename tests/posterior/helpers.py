@@ -34,7 +34,7 @@ def kronecker_block(
     out_dim, in_dim = len(output_factor), len(input_factor)
     form = SpectralForm(output_basis[None], input_basis[None], torch.outer(output_values, input_values)[None])
     layout = MatrixLayout("matrix", (out_dim, in_dim - (bias is not None)), bias is not None)
-    return PosteriorBlock(weight, bias, layout, form, width, damping, (output_values[None], input_values[None]))
+    return PosteriorBlock(weight, bias, layout, form, width, damping)
 
 
 def small_posterior(seed: int = 0, width: Width = WIDTH, damping: str = "exact") -> Posterior:

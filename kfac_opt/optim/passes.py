@@ -1,0 +1,105 @@
+"""What several passes with drawn weights leave behind: the mean gradient, batch statistics, the draws' own mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kfac_opt.distributed import sum_over_ranks_
+
+
+class GradientMean:
+    """Mean gradient over the passes that were completed and finite; what stood in ``.grad`` before is kept.
+
+    Args:
+        parameters: those that are optimized, in the same order on every rank.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.before = [parameter.grad for parameter in parameters]
+        self.sums: list[Tensor | None] = [None] * len(parameters)
+        self.dropped: list[Tensor | None] = [None] * len(parameters)
+        self.completed = 0
+
+    def start_pass(self) -> None:
+        """Each pass starts without gradients, so that the user's ``backward`` accumulates nothing."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def finish_pass(self, *, drop: bool = False) -> bool:
+        """Takes the gradients of a completed pass; False if they are not finite (or ``drop``)."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        finite = not drop and _all_finite([gradient for gradient in gradients if gradient is not None])
+        sums = self.sums if finite else self.dropped
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                total = sums[index]
+                sums[index] = gradient if total is None else total.add_(gradient)
+        self.completed += finite
+        return finite
+
+    @torch.no_grad()
+    def install(self, group: dist.ProcessGroup | None = None) -> None:
+        """``.grad = before + mean``; the sum of the dropped ones if no pass was finite, so that a scaler sees it.
+
+        Args:
+            group: ranks that ran other passes of the same step.
+        """
+        if group is not None:
+            self._sum_over_ranks(group)
+        sums, count = (self.sums, self.completed) if self.completed else (self.dropped, 1)
+        for parameter, before, total in zip(self.parameters, self.before, sums):
+            if total is None:
+                parameter.grad = before
+                continue
+            mean = total if count == 1 else total.div_(count)
+            parameter.grad = mean if before is None else before.add_(mean)
+
+    def _sum_over_ranks(self, group: dist.ProcessGroup) -> None:
+        """Adds the passes of the other ranks; a gradient that some rank lacks counts as zero there."""
+        device = self.parameters[0].device
+        present = [[float(total is not None) for total in sums] for sums in (self.sums, self.dropped)]
+        counts = torch.tensor([float(self.completed), *present[0], *present[1]], dtype=torch.float64, device=device)
+        sum_over_ranks_([counts], group)
+        self.completed = round(float(counts[0]))
+        needed = [value > 0 for value in counts[1:].tolist()]
+        number = len(self.parameters)
+        for sums, wanted in ((self.sums, needed[:number]), (self.dropped, needed[number:])):
+            if sums is self.dropped and self.completed:
+                continue
+            for index, parameter in enumerate(self.parameters):
+                if wanted[index] and sums[index] is None:
+                    sums[index] = torch.zeros_like(parameter)
+            tensors = [total.contiguous() for total in sums if total is not None]
+            sum_over_ranks_(tensors, group)
+            summed = iter(tensors)
+            sums[:] = [None if total is None else next(summed) for total in sums]
+
+
+def _all_finite(gradients: Sequence[Tensor]) -> bool:
+    """One read of the device. A norm is finite exactly when the entries are, unless their squares overflow."""
+    if not gradients:
+        return True
+    norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients], ord=float("inf"))
+    device = gradients[0].device
+    return bool(torch.isfinite(torch.stack([norm.to(device, torch.float32) for norm in norms])).all())
+
+
+@contextmanager
+def kept_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Puts the running statistics of normalization layers back at the end: a pass that must not move them."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = [getattr(m, name, None) for m in model.modules() if m.training for name in names]
+    saved = [(buffer, buffer.clone()) for buffer in buffers if isinstance(buffer, Tensor)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)

@@ -1,0 +1,92 @@
+"""From an optimizer's curvature to blocks of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from kfac_opt.curvature.block import State
+from kfac_opt.curvature.eigenbasis import EigenbasisBlock
+from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt.likelihoods import Likelihood
+from kfac_opt.optim.tracking import TrackedBlock
+from kfac_opt.posterior import Posterior, PosteriorBlock, PosteriorDamping, Width, unwrapped
+
+
+@torch.no_grad()
+def build_posterior(
+    owner: str,
+    model: nn.Module,
+    blocks: list[PosteriorBlock],
+    parameters: Iterable[Tensor],
+    *,
+    width: Width,
+    likelihood: Likelihood,
+    seed: int,
+    num_data: float | None,
+) -> Posterior:
+    """A posterior around the current weights with copies of everything; ``parameters`` are the random ones.
+
+    Raises:
+        RuntimeError: without blocks.
+    """
+    if not blocks:
+        raise RuntimeError(f"{owner}: there is no curvature yet. Call posterior() after a step of training.")
+    names = parameter_names(model)
+    random = [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
+    copies = [block.map(torch.clone) for block in blocks]
+    return Posterior.from_model(
+        model, copies, width=width, names=random, likelihood=likelihood, seed=seed, num_data=num_data
+    )
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """Names of the user's model by the id of the parameter, without prefixes of wrappers."""
+    return {id(parameter): name for name, parameter in unwrapped(model).named_parameters()}
+
+
+@torch.no_grad()
+def posterior_blocks(
+    model: nn.Module,
+    tracked: Iterable[TrackedBlock],
+    state_of: Callable[[TrackedBlock], State | None],
+    width_of: Callable[[int], Width],
+    *,
+    damping: PosteriorDamping = "exact",
+    current: bool = True,
+) -> list[PosteriorBlock]:
+    """Blocks of all layers that have curvature; the tensors may be those of the state, not copies.
+
+    Args:
+        state_of: curvature state of a layer, None before the first step.
+        width_of: data size, prior and floor of a parameter group.
+        damping: ``"factored"`` concerns Kronecker blocks alone.
+        current: eigenbases of the current factors, or those of the last refresh.
+    """
+    names = parameter_names(model)
+    blocks: list[PosteriorBlock] = []
+    for entry in tracked:
+        state, block = state_of(entry), entry.block
+        if state is None or not _has_curvature(block, state, current):
+            continue
+        is_product = isinstance(block, KroneckerBlock) and not isinstance(block, EigenbasisBlock)
+        blocks.append(
+            PosteriorBlock(
+                weight=names[id(entry.weight)],
+                bias=None if entry.bias is None else names[id(entry.bias)],
+                layout=block.layout,
+                form=block.spectral_form(state, current=current),
+                width=width_of(entry.group),
+                damping=damping if is_product else "exact",
+            )
+        )
+    return blocks
+
+
+def _has_curvature(block: object, state: State, current: bool) -> bool:
+    if float(state["weight"]) == 0.0:
+        return False
+    needs_refresh = isinstance(block, EigenbasisBlock) or (isinstance(block, KroneckerBlock) and not current)
+    return not needs_refresh or int(state["refreshes"]) > 0

@@ -68,6 +68,7 @@ class Collector:
         self.paused = False
         self.dropped = 0
         self.mask: Tensor | None = None
+        self.sample_ranks = 1  # ranks among which the passes of a step are divided
         self.hidden: set[str] = set()  # layers that ran with gradients disabled inside a pass with gradients
         self.fired: set[str] = set()  # layers whose hook ever ran
         self._due: Mapping[str, Tracked] = {}
@@ -300,10 +301,11 @@ class Collector:
 
     def _scale_settled(self, pending: Pending) -> None:
         """``g = N_step · s · ∂/∂output``: undoes the reduction of the loss, and its scale where that can be read off."""
-        pending.num_terms = sum(current.num_terms for current in pending.settled)
+        terms = sum(current.num_terms for current in pending.settled)
+        pending.num_terms += terms  # passes that were steps of their own are in it already
         alone = [tracked for tracked in self._due.values() if tracked.module is None and tracked.weight.grad is not None]
         for current in pending.settled:
-            reduced = float(pending.num_terms) if self.loss_reduction == "mean" else 1.0
+            reduced = float(terms) if self.loss_reduction == "mean" else 1.0
             scale = reduced if current.scale is None else 1.0 / current.scale
             for name, statistics in current.statistics.items():
                 if name in self._due:
@@ -311,8 +313,10 @@ class Collector:
             self._keep(current)
         for tracked in alone if pending.settled else []:
             # The squared gradient of the sum over all examples: biased, since labels of the data have no mean zero.
-            # Every rank holds the gradient of the batch of all ranks: R shares of (√R N_rank)² add up to N².
-            scale = (pending.num_terms if self.loss_reduction == "mean" else 1.0) * num_ranks(self.process_group) ** 0.5
+            # Every rank holds the gradient of the batch of all ranks: R shares of (√R N_rank)² add up to N². Ranks
+            # that run other passes of the same batch do not share it.
+            ranks = num_ranks(self.process_group) / self.sample_ranks
+            scale = (terms if self.loss_reduction == "mean" else 1.0) * ranks**0.5
             gradient = cast(Tensor, tracked.weight.grad) * scale
             if not bool(torch.isfinite(gradient).all()):
                 self.dropped += 1

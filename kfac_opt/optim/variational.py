@@ -174,12 +174,16 @@ class VariationalOptimizer(CurvatureOptimizer):
         self._refuse_inside("weight_samples()")
         return self._passes(self._share_of(number))
 
+    def _sample_group(self) -> dist.ProcessGroup | None:
+        """Ranks that divide the passes of a step; None when there is nobody to share with."""
+        group = self._variational.sample_group
+        return None if group is None else active_group(group)
+
     def _share_of(self, number: int) -> range:
         """The draws that this rank runs."""
-        group = active_group(self._variational.sample_group) if self._variational.sample_group is not None else None
-        if group is None:
-            return range(number)
-        ranks, me = dist.get_world_size(group), rank(group)
+        group = self._sample_group()
+        ranks, me = (1, 0) if group is None else (dist.get_world_size(group), rank(group))
+        self._collector.sample_ranks = ranks
         if number < ranks:
             raise ValueError(
                 f"{type(self).__name__}: {number} weight samples cannot be divided among {ranks} ranks. Use at least "
@@ -227,8 +231,7 @@ class VariationalOptimizer(CurvatureOptimizer):
         finally:
             self._inside = None
             self._next_draw = first + draws.stop
-            group = self._variational.sample_group
-            gradients.install(None if group is None else active_group(group))
+            gradients.install(self._sample_group())
 
     @contextmanager
     def sampled_params(self, generator: torch.Generator | None = None) -> Iterator[None]:
@@ -281,7 +284,7 @@ class VariationalOptimizer(CurvatureOptimizer):
         if terms > smallest:
             raise ValueError(
                 f"{type(self).__name__}: num_data is {smallest:g}, but one batch has {terms} loss terms. num_data "
-                "counts the terms of the whole data set: its examples, or its tokens where the loss has one term per token."
+                "counts the terms of the whole data set: its examples, or its tokens where each has a loss term."
             )
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -314,8 +317,7 @@ class VariationalOptimizer(CurvatureOptimizer):
     def _mean_loss(self, losses: Tensor) -> Tensor:
         finite = torch.isfinite(losses)
         totals = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum().to(losses.dtype), losses.sum()])
-        if self._variational.sample_group is not None:
-            sum_over_ranks_([totals], active_group(self._variational.sample_group))
+        sum_over_ranks_([totals], self._sample_group())
         return torch.where(totals[1] > 0, totals[0] / totals[1], totals[2])
 
     def _advance_curvature(self) -> None:
@@ -329,7 +331,7 @@ class VariationalOptimizer(CurvatureOptimizer):
         self._noise_sum, self._noise_count = {}, 0
         if self._variational.prior_gradient == "mean":
             return {}
-        group = None if self._variational.sample_group is None else active_group(self._variational.sample_group)
+        group = self._sample_group()
         if group is not None:
             tensors = [sums.get(name, torch.zeros_like(p)).contiguous() for name, p in named.items()]
             total = torch.tensor([float(count)], device=tensors[0].device)

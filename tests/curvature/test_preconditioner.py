@@ -267,6 +267,29 @@ def test_rank_deficient_factors_in_float32_give_a_finite_descent_direction(curva
         assert products[f"{layer}.weight"] + products[f"{layer}.bias"] > 0
 
 
+@pytest.mark.parametrize("examples", [3, 50])
+def test_float32_inverse_of_a_rank_deficient_factor_is_positive_at_negligible_damping(examples):
+    """The floor of the ladder: without it Cholesky returns eigenvalues of either sign, or far too large ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 100, bias=False))
+    x = torch.randn(examples, 200) * torch.linspace(0.1, 3.0, 200)
+    optimizer = bare_kfac(
+        model, likelihood="gaussian", damping=1e-14, damping_scale="relative", factor_dtype=torch.float32
+    )
+    estimate(optimizer, model, x)
+    view = optimizer.curvature["0"]
+    factor = view.input_factor.double()
+    # an eigenvector of A in, the damped inverse of its eigenvalue out; G is the identity up to its own damping
+    values, vectors = torch.linalg.eigh(factor)
+    for index in (0, 50, 199):
+        probe = torch.ones(100, 1, dtype=DOUBLE) @ vectors[:, index][None, :]
+        gain = float((probe * view.precondition(probe.float()).double()).sum() / probe.square().sum())
+        largest = 1 / (1e-4 * float(factor.diagonal().mean()))
+        assert 0 < gain <= 1.5 * largest
+        if values[index] > 0.01 * values[-1]:
+            assert gain == pytest.approx(1 / float(values[index]), rel=0.02)
+
+
 def test_preconditioner_is_linear_and_positive():
     model, (x, _) = mlp(), data(2)
     optimizer = bare_kfac(model, damping=1e-4)

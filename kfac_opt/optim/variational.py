@@ -1,69 +1,25 @@
-"""The machinery of :class:`kfac_opt.KFACVI`: passes with drawn weights, the prior in the step, the posterior."""
+"""The machinery of :class:`kfac_opt.KFACVI` around its passes: the prior in the step, the posterior."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_opt.curvature.block import Damping
-from kfac_opt.distributed import active_group, rank, sum_over_ranks_
+from kfac_opt.distributed import sum_over_ranks_
 from kfac_opt.optim import options as checks
-from kfac_opt.optim.attached import CurvatureOptions
-from kfac_opt.optim.base import CurvatureOptimizer
-from kfac_opt.optim.draws import EVALUATION, POSTERIOR, Sampler, VariationalOptions, write_draw_
-from kfac_opt.optim.options import derive_seed, seeded
-from kfac_opt.optim.output_noise import choose_layers
-from kfac_opt.optim.passes import GradientMean, kept_batch_statistics
-from kfac_opt.optim.posteriors import build_posterior, parameter_names, posterior_blocks
+from kfac_opt.optim.draws import POSTERIOR
+from kfac_opt.optim.options import derive_seed
+from kfac_opt.optim.posteriors import build_posterior
+from kfac_opt.optim.sampling import SamplingOptimizer
 from kfac_opt.optim.tracking import TrackedBlock
-from kfac_opt.posterior import Posterior, PosteriorBlock, Width, correlated_noise, restored_weights
+from kfac_opt.posterior import Posterior
 
 
-class _Dropped(Exception):
-    """Leaves a pass whose gradient is not finite, so that its statistics go with it."""
-
-
-class VariationalOptimizer(CurvatureOptimizer):
-    """A curvature optimizer whose gradients are taken at draws from the posterior that its curvature defines."""
-
-    needs_basis = True
-    zero_damping = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Any,
-        defaults: dict[str, Any],
-        options: CurvatureOptions,
-        variational: VariationalOptions,
-        generator: torch.Generator | None,
-    ) -> None:
-        variational.check(type(self).__name__)
-        self._variational = variational
-        self._reset_transient()
-        super().__init__(model, params, defaults, options, generator)
-        if self._noisy_layers() and _is_compiled(model):
-            raise ValueError(
-                f"{type(self).__name__}: output_noise works through hooks, which a compiled model ignores. "
-                "Leave it out, or train the model without torch.compile."
-            )
-
-    def _reset_transient(self) -> None:
-        self._inside: str | None = None
-        self._next_draw = 0  # number of the next training draw of this step
-        self._next_evaluation = 0
-        self._noise_sum: dict[str, Tensor] = {}  # of the completed draws of this step
-        self._noise_count = 0
-        self._noise_mean: dict[int, Tensor] = {}  # of the step being taken, by the id of the parameter
-        self._discard = False
-        self._dropped_samples = 0
+class VariationalOptimizer(SamplingOptimizer):
+    """The mean follows ``(F + (δ + γ) I)⁻¹ (ḡ + δ μ)``; the covariance is the curvature."""
 
     # -- construction, copying ----------------------------------------------------------------------------------
 
@@ -82,29 +38,6 @@ class VariationalOptimizer(CurvatureOptimizer):
         if "lr" in param_group:
             param_group = {"base_lr": param_group["lr"], **param_group}
         super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A process group can neither be pickled nor copied.
-        return {**super().__getstate__(), "_variational": replace(self._variational, sample_group=None)}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> VariationalOptimizer:
-        copied = super().__deepcopy__(memo)
-        assert isinstance(copied, VariationalOptimizer)
-        copied._variational = self._variational
-        return copied
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_variational", VariationalOptions())
-        if "_inside" not in self.__dict__:
-            self._reset_transient()
-
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    @property
-    def dropped_samples(self) -> int:
-        """Completed passes that were left out because their loss or gradient was not finite."""
-        return self._dropped_samples
 
     def posterior(self) -> Posterior:
         """The posterior of the current curvature around the current weights, with a copy of everything it needs.
@@ -126,199 +59,7 @@ class VariationalOptimizer(CurvatureOptimizer):
             num_data=data.pop() if len(data) == 1 else None,
         )
 
-    def _width(self, number: int) -> Width:
-        group = self.param_groups[number]
-        checks.check_number(type(self).__name__, "temperature", group["temperature"], low=0.0, open_low=True)
-        ess = float(group["num_data"]) / float(group["temperature"])
-        return Width(ess, float(group["prior_precision"]), float(group["posterior_floor"]))
-
-    def _blocks(self, *, current: bool) -> list[PosteriorBlock]:
-        return posterior_blocks(
-            self._require_model(),
-            self._tracked.values(),
-            self._block_state,
-            self._width,
-            damping=self._variational.posterior_damping,
-            current=current,
-        )
-
-    def _noisy_layers(self) -> dict[str, nn.Module]:
-        modules = {name: tracked.module for name, tracked in self._tracked.items()}
-        return choose_layers(self._variational.output_noise, modules)
-
-    # -- passes with drawn weights ------------------------------------------------------------------------------
-
-    def weight_samples(self, num_samples: int | None = None) -> Iterator[int]:
-        """Loop over passes: inside the body the weights are a draw from the posterior, afterwards the means again.
-
-        Run forward and backward in the body. After the loop every ``.grad`` is what it was before plus the mean over
-        the passes, and the curvature statistics of the passes are joined. A pass that is left by an exception or
-        ``break`` is dropped; one whose gradient is not finite is dropped and counted (``dropped_samples``); if all are
-        dropped, the sum of their gradients is left for a gradient scaler to find. Before the first estimate all
-        passes run at the mean.
-
-        Args:
-            num_samples: number of passes; None: that given at construction. With a ``sample_group`` it is the number
-                over all ranks, and this rank's share is run.
-
-        Yields:
-            The number of the draw.
-
-        Raises:
-            RuntimeError: inside another ``weight_samples()`` or ``sampled_params()``.
-            ValueError: for fewer samples than ranks, or a batch with more terms than ``num_data``.
-        """
-        self._require_model()
-        number = self._variational.num_samples if num_samples is None else num_samples
-        checks.check_count(type(self).__name__, "weight_samples: num_samples", number)
-        self._refuse_inside("weight_samples()")
-        return self._passes(self._share_of(number))
-
-    def _sample_group(self) -> dist.ProcessGroup | None:
-        """Ranks that divide the passes of a step; None when there is nobody to share with."""
-        group = self._variational.sample_group
-        return None if group is None else active_group(group)
-
-    def _share_of(self, number: int) -> range:
-        """The draws that this rank runs."""
-        group = self._sample_group()
-        ranks, me = (1, 0) if group is None else (dist.get_world_size(group), rank(group))
-        self._collector.sample_ranks = ranks
-        if number < ranks:
-            raise ValueError(
-                f"{type(self).__name__}: {number} weight samples cannot be divided among {ranks} ranks. Use at least "
-                "one sample per rank."
-            )
-        return range(number * me // ranks, number * (me + 1) // ranks)
-
-    def _passes(self, draws: range) -> Iterator[int]:
-        self._refuse_inside("weight_samples()")
-        model = self._require_model()
-        named = self._named()
-        gradients = GradientMean(list(named.values()))
-        if all(gradient is None for gradient in gradients.before):  # a skipped step leaves noise without a gradient
-            self._noise_sum, self._noise_count = {}, 0
-        first = self._next_draw + self._next_draw % 2  # pairs never span two loops
-        self._inside = "weight_samples()"
-        try:
-            with restored_weights(gradients.parameters) as means:
-                sampler = Sampler(
-                    dict(zip(named, means)),
-                    named,
-                    self._blocks(current=False),
-                    self._noisy_layers(),
-                    self._generator,
-                    antithetic=self._variational.antithetic,
-                )
-                for index in draws:
-                    gradients.start_pass()
-                    with ExitStack() as stack:
-                        sampler.draw_(first + index, stack)
-                        if self._variational.batch_statistics == "step" and index != draws[0]:
-                            stack.enter_context(kept_batch_statistics(model))
-                        try:
-                            with self._collector.separately():
-                                yield index
-                                self._check_num_data()
-                                if not gradients.finish_pass(drop=self._discard):
-                                    raise _Dropped
-                            if self._variational.prior_gradient == "sample":
-                                sampler.add_noise_to(self._noise_sum)
-                                self._noise_count += 1
-                        except _Dropped:
-                            self._dropped_samples += 1
-                        self._discard = False
-        finally:
-            self._inside = None
-            self._next_draw = first + draws.stop
-            gradients.install(self._sample_group())
-
-    @contextmanager
-    def sampled_params(self, generator: torch.Generator | None = None) -> Iterator[None]:
-        """One draw from the posterior while the body runs; the means come back bit for bit, also if it raises.
-
-        Args:
-            generator: of the draw; None: a private one that neither disturbs nor repeats the training draws.
-
-        Raises:
-            RuntimeError: before the first estimate, or inside another sampling context.
-        """
-        self._require_model()
-        self._refuse_inside("sampled_params()")
-        blocks = self._blocks(current=False)
-        if not blocks:
-            raise RuntimeError(f"{type(self).__name__}: there is no curvature to draw from before the first step.")
-        if generator is None:
-            generator = self._generator(EVALUATION, self._next_evaluation)
-            self._next_evaluation += 1
-        named = self._named()
-        self._inside = "sampled_params()"
-        try:
-            with restored_weights(list(named.values())) as means:
-                write_draw_(named, dict(zip(named, means)), correlated_noise(blocks, generator), 1.0)
-                yield
-        finally:
-            self._inside = None
-
-    def _named(self) -> dict[str, Tensor]:
-        """Optimized parameters by their names in the model, in the order of the groups."""
-        names = parameter_names(self._require_model())
-        return {names[id(p)]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
-
-    def _generator(self, *purpose: int) -> torch.Generator:
-        """Private noise, the same on every rank: from the base seed, the step and the purpose alone."""
-        device = self.param_groups[0]["params"][0].device
-        return seeded(derive_seed(self._base_seed, purpose[0], self._step_count(), *purpose[1:]), device)
-
-    def _refuse_inside(self, what: str) -> None:
-        if self._inside is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}: {what} inside {self._inside}, where the weights are a draw and not the means. "
-                f"Leave {self._inside} first."
-            )
-
-    def _check_num_data(self) -> None:
-        pending = self._collector.pending
-        terms = pending.num_terms + sum(entry.num_terms for entry in (*pending.open, *pending.settled))
-        smallest = min(float(group["num_data"]) for group in self.param_groups)
-        if terms > smallest:
-            raise ValueError(
-                f"{type(self).__name__}: num_data is {smallest:g}, but one batch has {terms} loss terms. num_data "
-                "counts the terms of the whole data set: its examples, or its tokens where each has a loss term."
-            )
-
     # -- the step -----------------------------------------------------------------------------------------------
-
-    def _refuse_step(self) -> None:
-        self._refuse_inside("step()")
-
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        """``num_samples`` passes; the mean of their finite losses."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        losses: list[Tensor] = []
-        samples = self.weight_samples()
-        try:
-            for _ in samples:
-                with torch.enable_grad():
-                    loss = closure()
-                if loss is None:
-                    raise TypeError(
-                        f"{type(self).__name__}.step: the closure returned None, expected the loss. End it with "
-                        "`return loss`."
-                    )
-                losses.append(torch.as_tensor(loss).detach())
-                self._discard = not math.isfinite(losses[-1])
-        finally:
-            samples.close()  # type: ignore[attr-defined]
-        return self._mean_loss(torch.stack(losses))
-
-    def _mean_loss(self, losses: Tensor) -> Tensor:
-        finite = torch.isfinite(losses)
-        totals = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum().to(losses.dtype), losses.sum()])
-        sum_over_ranks_([totals], self._sample_group())
-        return torch.where(totals[1] > 0, totals[0] / totals[1], totals[2])
 
     def _advance_curvature(self) -> None:
         self._noise_mean = self._mean_noise()
@@ -369,7 +110,3 @@ class VariationalOptimizer(CurvatureOptimizer):
 
     def _decay(self, group: dict[str, Any], lr: float) -> float:
         return super()._decay(group, lr) if self._variational.weight_decay_rule == "lr" else 0.0
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "_orig_mod", None), nn.Module) or model._compiled_call_impl is not None

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from kfac_opt.likelihoods import Categorical, Gaussian, Likelihood
+from kfac_opt.outputs import pick_logits
 from kfac_opt.posterior import Posterior, load_weights_, parameters_of, restored_weights
 
 Inputs = Tensor | Mapping[str, Any] | Iterable[Any]
-Outputs = Callable[[Any], Tensor]
+Outputs = Callable[[Any], Any]
 
 # One CPU thread, LeNet5 and small MLPs: up to this batch size the loop's overhead per call is larger than what
 # batched matrix products lose (benchmarks.kfac_vi prints both).
@@ -77,8 +78,7 @@ def predict(
             ``"auto"`` picks ``"vmap"`` for batches of at most 16 examples, and falls back to the loop
             for models that ``vmap`` cannot run. The draws are the same.
         keep_samples: also return every single prediction.
-        outputs: picks the logits from what the model returns; a tensor, a pair ``(logits, mask)`` or an object with
-            ``.logits`` needs none.
+        outputs: picks the logits from what the model returns; a tensor or an object with ``.logits`` needs none.
 
     Returns:
         A :class:`Prediction` with the examples in the order of ``x``, on the device of the model's outputs.
@@ -102,16 +102,16 @@ def predict(
     start = generator.get_state()
     parts: list[Prediction] = []
     with torch.no_grad(), restored_weights(parameters):
-        for inputs in _batches(x):
+        for inputs in batches_of(x):
             generator.set_state(start)
             ensemble = _Ensemble(model, posterior, parameters, inputs, num_samples, generator, outputs)
-            parts.append(_summarize(ensemble.outputs(vectorize), posterior.likelihood, num_samples, keep_samples))
+            parts.append(summarize(ensemble.outputs(vectorize), posterior.likelihood, num_samples, keep_samples))
     if not parts:
         raise ValueError("predict: the loader has no batches. Give at least one, or a tensor of inputs.")
-    return parts[0] if len(parts) == 1 else _concatenated(parts)
+    return parts[0] if len(parts) == 1 else concatenated(parts)
 
 
-def _batches(x: Inputs) -> Iterator[Any]:
+def batches_of(x: Inputs) -> Iterator[Any]:
     """The inputs of every batch, targets left out."""
     if isinstance(x, (Tensor, Mapping)):
         yield x
@@ -176,11 +176,7 @@ class _Ensemble:
         return vmap(run, randomness="different")(stacked)
 
     def _logits(self, result: Any) -> Tensor:
-        if self.pick is not None:
-            result = self.pick(result)
-        if isinstance(result, tuple) and len(result) == 2:
-            result = result[0]
-        logits: Tensor = getattr(result, "logits", result)
+        logits, _ = pick_logits(result, self.pick)
         self.posterior.likelihood.check(logits)
         return logits
 
@@ -194,7 +190,7 @@ def _batch_size(inputs: Any) -> int:
     return max((len(tensor) for tensor in tensors if tensor.dim() > 0), default=1)
 
 
-def _summarize(stream: Iterable[Tensor], likelihood: Likelihood, num_samples: int, keep_samples: bool) -> Prediction:
+def summarize(stream: Iterable[Tensor], likelihood: Likelihood, num_samples: int, keep_samples: bool) -> Prediction:
     """Running mean, variance (Welford) and mean entropy of the predictions in ``stream``."""
     kept: list[Tensor] = []
     mean = squares = expected_entropy = torch.zeros(())
@@ -229,7 +225,7 @@ def _entropy(likelihood: Likelihood, p: Tensor, variance: Tensor | None) -> Tens
     return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
-def _concatenated(parts: Sequence[Prediction]) -> Prediction:
+def concatenated(parts: Sequence[Prediction]) -> Prediction:
     samples = [part.samples for part in parts if part.samples is not None]
     return Prediction(
         probabilities=torch.cat([part.probabilities for part in parts]),

@@ -21,6 +21,7 @@ from kfac_opt.curvature.passes import Arrival, LogitsArrival, Pass, Pending, on_
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.distributed import num_ranks
 from kfac_opt.likelihoods import Likelihood, output_gradients
+from kfac_opt.outputs import pick_logits
 
 FisherKind = Literal["mc", "exact", "empirical"]
 WATCHED_PASSES = 3  # first passes whose loss is held against the likelihood
@@ -68,6 +69,7 @@ class Collector:
         self.paused = False
         self.dropped = 0
         self.mask: Tensor | None = None
+        self.any_mode = False  # whether passes in evaluation mode count as well
         self.sample_ranks = 1  # ranks among which the passes of a step are divided
         self.hidden: set[str] = set()  # layers that ran with gradients disabled inside a pass with gradients
         self.fired: set[str] = set()  # layers whose hook ever ran
@@ -112,7 +114,8 @@ class Collector:
         self._depth = 1
         self.forward_seen = True
         self._settle()
-        self._pass = Pass() if module.training and torch.is_grad_enabled() and not self.paused else None
+        counts = (module.training or self.any_mode) and torch.is_grad_enabled() and not self.paused
+        self._pass = Pass() if counts else None
 
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         current = self._pass
@@ -166,7 +169,8 @@ class Collector:
         current, self._pass = self._pass, None  # disarmed: recomputed layers must not count twice
         if current is None or (output is None and sys.exc_info()[0] is not None):
             return  # the forward raised: no pass
-        logits, mask = self._logits(output)
+        logits, mask = pick_logits(output, self.outputs)
+        mask = self.mask if mask is None else mask
         self.likelihood.check(logits)
         if not logits.requires_grad:
             return
@@ -192,24 +196,6 @@ class Collector:
             self.pending.open.append(current)
         else:
             self._backward(current, logits, mask)
-
-    def _logits(self, output: Any) -> tuple[Tensor, Tensor | None]:
-        mask = self.mask
-        if self.outputs is not None:
-            output = self.outputs(output)
-            if isinstance(output, tuple) and len(output) == 2:
-                output, mask = output[0], output[1] if output[1] is not None else mask
-        elif not isinstance(output, Tensor):
-            logits = getattr(output, "logits", None)
-            if logits is None and isinstance(output, dict):
-                logits = output.get("logits")
-            if not isinstance(logits, Tensor):
-                raise TypeError(
-                    f"the model returned {type(output).__name__}, expected a tensor of logits or an object with "
-                    "`.logits`. Pass outputs=lambda output: ... to pick the logits from what the model returns."
-                )
-            output = logits
-        return cast(Tensor, output), mask
 
     def _backward(self, current: Pass, logits: Tensor, mask: Tensor | None) -> None:
         """Output gradients of the likelihood, back to the layers' outputs only, into sums."""

@@ -55,7 +55,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def load_weights_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies ``values`` into ``parameters``: same storage, so that compiled models and views stay valid."""
-    torch._foreach_copy_(list(parameters), list(values))
+    if parameters:
+        torch._foreach_copy_(list(parameters), list(values))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from kfac_opt import KFAC, KFACVI
 from kfac_opt.likelihoods import Gaussian
 from tests.posterior.helpers import dense_covariance, flat
-from tests.posterior.test_linear_gaussian import IN, NOISE, N, OUT, PRIOR_VARIANCE, exact_posterior, problem
+from tests.posterior.test_linear_gaussian import IN, NOISE, OUT, PRIOR_VARIANCE, N, exact_posterior, problem
 from tests.support import close
 
 

@@ -1,0 +1,135 @@
+r"""Predictions of the network linearised around the posterior's mean.
+
+:math:`f(x, w) \approx f(x, \mu) + J(x)(w - \mu)` makes the outputs Gaussian, with covariance :math:`J \Sigma J^\top`
+(Immer, Korzepa & Bauer 2021, arXiv:2008.08400). A Laplace posterior describes exactly this linear model, so it predicts
+well through it and often badly through draws of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from kfac_opt.likelihoods import Gaussian
+from kfac_opt.outputs import pick_logits
+from kfac_opt.posterior import Posterior, parameters_of, unwrapped
+from kfac_opt.prediction import Inputs, Prediction, batches_of, concatenated, summarize
+
+CHUNK_ENTRIES = 2**25  # of Jacobians held at a time: 128 MB in single precision
+
+
+@torch.no_grad()
+def output_distribution(
+    model: nn.Module, posterior: Posterior, x: Tensor, *, outputs: Callable[[Any], Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Mean ``f(x, μ) [batch, outputs]`` and covariance :math:`J \Sigma J^\top` ``[batch, outputs, outputs]``.
+
+    Args:
+        model: in evaluation mode (a batch norm in training mode has no Jacobian per example).
+        x: ``[batch, ...]``.
+        outputs: picks the logits from what the model returns.
+
+    Raises:
+        ValueError: for a posterior of another model, a model in training mode, or outputs that are not
+            ``[batch, outputs]``.
+    """
+    if model.training:
+        raise ValueError("linearized prediction: the model is in training mode. Call model.eval() first.")
+    model = unwrapped(model)
+    parameters_of(model, posterior.shapes, posterior.fixed)
+
+    def logits(weights: dict[str, Tensor], example: Tensor) -> Tensor:
+        result, _ = pick_logits(functional_call(model, weights, (example.unsqueeze(0),)), outputs)
+        if result.dim() != 2:
+            raise ValueError(
+                f"linearized prediction: the model's output has shape {list(result.shape)}, expected [batch, outputs]."
+            )
+        return result.squeeze(0)
+
+    def with_value(weights: dict[str, Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
+        value = logits(weights, example)
+        return value, value
+
+    jacobian = vmap(jacrev(with_value, has_aux=True), in_dims=(None, 0))
+    num_outputs = logits(posterior.mean, x[0]).numel()
+    chunk = max(1, CHUNK_ENTRIES // (num_outputs * posterior.num_parameters))
+    means, covariances = [], []
+    for part in x.split(chunk):
+        rows, values = jacobian(posterior.mean, part)
+        means.append(values)
+        covariances.append(_covariance(posterior, rows))
+    return torch.cat(means), torch.cat(covariances)
+
+
+def _covariance(posterior: Posterior, jacobian: dict[str, Tensor]) -> Tensor:
+    """``J Σ Jᵀ [batch, outputs, outputs]`` block by block, from Jacobians ``[batch, outputs, *parameter.shape]``."""
+    total: Tensor | None = None
+    for block in posterior.blocks:
+        to_matrix = vmap(vmap(block.layout.to_matrix))
+        matrices = to_matrix(*[jacobian[name] for name in block.names]).to(block.deviation.dtype)
+        rows = (block.form.rotate(matrices) * block.deviation).flatten(2)
+        part = rows @ rows.mT
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+@torch.no_grad()
+def linearized_predict(
+    model: nn.Module,
+    posterior: Posterior,
+    x: Inputs,
+    num_samples: int = 200,
+    generator: torch.Generator | None = None,
+    *,
+    keep_samples: bool = False,
+    outputs: Callable[[Any], Any] | None = None,
+) -> Prediction:
+    """Predictive of the linearised network: the mean of the probabilities over draws of the *outputs*.
+
+    Exact for a Gaussian likelihood (no draws); for the others ``num_samples`` draws from the Gaussian over the
+    logits, which cost next to nothing once the Jacobian is there.
+
+    Args:
+        x: a tensor ``[batch, ...]``, or a loader of tensors or ``(inputs, targets)`` pairs.
+        generator: of the draws; None: the posterior's own.
+        keep_samples: also return every single prediction.
+
+    Raises:
+        ValueError: as :func:`output_distribution`, or for ``num_samples`` below 1.
+
+    >>> from kfac_opt.laplace import fit_laplace
+    >>> model = nn.Linear(2, 3).eval()
+    >>> posterior = fit_laplace(model, [(torch.randn(10, 2), torch.randint(3, (10,)))])
+    >>> linearized_predict(model, posterior, torch.zeros(5, 2)).probabilities.shape
+    torch.Size([5, 3])
+    """
+    if num_samples < 1:
+        raise ValueError(f"linearized_predict: num_samples must be >= 1, got {num_samples}")
+    generator = posterior.generator if generator is None else generator
+    likelihood, parts = posterior.likelihood, []
+    for inputs in batches_of(x):
+        mean, covariance = output_distribution(model, posterior, inputs, outputs=outputs)
+        if isinstance(likelihood, Gaussian):
+            parts.append(_gaussian(mean, covariance.diagonal(dim1=-2, dim2=-1), likelihood.variance))
+            continue
+        values, vectors = torch.linalg.eigh(covariance.double())
+        root = (vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)).to(mean.dtype)
+        shape = (num_samples, *mean.shape)
+        noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=generator.device).to(mean.device)
+        draws = mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
+        parts.append(summarize(draws, likelihood, num_samples, keep_samples))
+    if not parts:
+        raise ValueError("linearized_predict: the loader has no batches. Give at least one, or a tensor of inputs.")
+    return parts[0] if len(parts) == 1 else concatenated(parts)
+
+
+def _gaussian(mean: Tensor, variance: Tensor, noise: float) -> Prediction:
+    entropy, expected = (
+        0.5 * (2 * torch.pi * torch.e * total).log() for total in (variance + noise, torch.full_like(variance, noise))
+    )
+    return Prediction(probabilities=mean, entropy=entropy, expected_entropy=expected, variance=variance)

@@ -148,6 +148,7 @@ RULES: dict[str, dict[str, Any]] = {
     "clip before heavy-ball momentum": {"kl_clip": 1e-3, "momentum": 0.9, "nesterov": False},
     "bound": {"bound": 0.02},
     "bound after momentum": {"bound": 0.02, "momentum": 0.9, "nesterov": True},
+    "bound after heavy-ball momentum": {"bound": 0.02, "momentum": 0.9, "nesterov": False},
     "decoupled decay": {"weight_decay": 0.1, "decoupled": True},
     "bound before decoupled decay": {"weight_decay": 0.1, "decoupled": True, "bound": 0.02},
     "coupled decay": {"weight_decay": 0.1, "decoupled": False},

@@ -170,6 +170,23 @@ def test_sampled_labels_differ_between_steps_and_passes():
     assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(factors) for b in factors[i + 1 :])
 
 
+def test_sampled_labels_differ_between_the_passes_of_a_step():
+    """Three equally likely classes, the same example in two passes: equal labels leave a factor of rank one."""
+    model = nn.Linear(2, 3).to(DOUBLE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = bare_kfac(model, fisher="mc", factor_decay=0.0, inverse_interval=10**6)
+    equal, steps = 0, 60
+    for _ in range(steps):
+        for _ in range(2):
+            model(torch.ones(1, 2, dtype=DOUBLE))
+        optimizer.step()
+        equal += int(torch.linalg.matrix_rank(optimizer.curvature[""].output_factor) == 1)
+    # a binomial with probability 1/3: four standard errors
+    assert abs(equal / steps - 1 / 3) <= 4 * (2 / 9 / steps) ** 0.5
+
+
 # ---------------------------------------------------------------------------------------------
 # accumulation
 

@@ -481,7 +481,7 @@ def test_output_noise_averages_over_the_batch_and_noise_in_the_weights_does_not(
 def test_output_noise_is_refused_where_it_would_not_be_exact():
     convolution = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 3)).double()
     with pytest.raises(
-        ValueError, match=r"exact for nn.Linear alone, '0' is Conv1d. Choose from \['2'\]; .*antithetic"
+        ValueError, match=r"for nn.Linear alone, '0' is Conv1d. Choose from \['2'\]; .*antithetic"
     ):
         vi(convolution, output_noise=["0"])
     with pytest.raises(ValueError, match="'9' is not a layer with curvature"):
@@ -494,7 +494,7 @@ def test_output_noise_is_refused_where_it_would_not_be_exact():
     F.cross_entropy(tokens(x).flatten(0, 1), y.flatten()).backward()
     optimizer.step()
     with pytest.raises(
-        RuntimeError, match=r"'' needs one call per pass on \[batch, features\], found an input of shape"
+        RuntimeError, match=r"'' needs one call per pass on \[batch, features\], found an input"
     ):
         for _ in optimizer.weight_samples(1):
             tokens(x)

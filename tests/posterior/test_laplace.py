@@ -55,7 +55,7 @@ def test_eigenbasis_scales_are_those_of_all_batches_together():
     x, y = data(8)
     posterior = laplace(model, batches(x, y), curvature="eigenbasis")
     for block, name in zip(posterior.blocks, ("0", "2")):
-        input_factor, output_factor = reference.kronecker_factors(model, x, name)
+        input_factor, _ = reference.kronecker_factors(model, x, name)
         per_example, terms = reference.per_example_fisher(model, x, name)
         form = block.form
         close(
@@ -202,9 +202,8 @@ def test_linearised_regression_is_the_exact_predictive():
     prediction = linearized_predict(model, posterior, inputs)
     close(prediction.probabilities, model(inputs).detach())
     _, covariance = exact_posterior(inputs, targets)
-    expected = torch.einsum(
-        "ni,oij,nj->no", inputs, covariance.view(OUT, IN, OUT, IN).diagonal(dim1=0, dim2=2).permute(2, 0, 1), inputs
-    )
+    rows = covariance.view(OUT, IN, OUT, IN).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    expected = torch.einsum("ni,oij,nj->no", inputs, rows, inputs)
     close(prediction.variance, expected)
     close(prediction.entropy, torch.distributions.Normal(0.0, (expected + NOISE).sqrt()).entropy())
 

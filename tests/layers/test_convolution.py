@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies
 from torch import nn
 
 from tests import reference
@@ -242,3 +243,30 @@ def test_convolution_behind_an_in_place_relu():
     assert torch.equal(*dense)
     a, g = reference.kronecker_factors(make(False), x, "0")
     close(dense[1], torch.kron(a, g))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=strategies.data())
+def test_any_convolution_has_the_factors_of_the_plain_loop(data):
+    """Random dimensions, kernels, strides, paddings, modes, dilations, groups and map sizes."""
+
+    def draw(strategy):
+        return data.draw(strategy)
+
+    dims = draw(strategies.integers(1, 2))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(strategies.integers(low, high)) for _ in range(dims))
+
+    groups = draw(strategies.sampled_from([1, 1, 2]))
+    kernel, dilation = each(1, 3), each(1, 2)
+    mode = draw(strategies.sampled_from(["zeros", "circular", "reflect", "replicate"]))
+    same = draw(strategies.booleans())
+    stride = (1,) * dims if same else each(1, 3)
+    padding = "same" if same else each(0, 2)
+    size = tuple(s + d * (k - 1) for s, d, k in zip(each(3, 5), dilation, kernel))  # reflection needs room
+    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "padding_mode": mode}
+    model = network(kind, channels=2, out=2, kernel_size=kernel, bias=draw(strategies.booleans()), **options)
+    x = torch.randn(2, 2, *size, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    assert_convolution(model, x, draw(strategies.sampled_from(["expand", "reduce"])))

@@ -145,3 +145,36 @@ def test_a_due_estimate_waits_for_the_next_forward_in_training_mode():
     F.cross_entropy(model(data()[0]), data()[1]).backward()
     optimizer.step()
     assert optimizer.curvature["0"].input_factor.isfinite().all()
+
+
+def refreshed(steps: int, depth: int, interval: int, refresh: str) -> list[list[int]]:
+    """For every layer of equal size the steps at which its preconditioner changed."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(depth)]).to(DOUBLE)
+    optimizer = bare_kfac(model, likelihood="gaussian", inverse_interval=interval, factor_decay=0.5, refresh=refresh)
+    probe, seen = torch.randn(4, 5, dtype=DOUBLE), [[] for _ in range(depth)]
+    last: list[torch.Tensor | None] = [None] * depth
+    for step in range(steps):
+        model((1 + step) * data(8, seed=step)[0])
+        optimizer.step()
+        for index, view in enumerate(optimizer.curvature.values()):
+            now = view.precondition(probe)
+            if last[index] is None or not torch.equal(last[index], now):
+                seen[index].append(step)
+            last[index] = now
+    return seen
+
+
+def test_staggered_refreshes_spread_the_layers_over_the_interval():
+    """No step does the work of all: each layer once per interval, every step its share."""
+    seen = refreshed(steps=24, depth=6, interval=6, refresh="staggered")
+    for steps in seen:
+        assert steps[0] == 0  # nothing to precondition with before
+        assert all(later - earlier == 6 for earlier, later in pairwise(steps[2:]))
+    for step in range(6, 24):
+        assert sum(step in steps for steps in seen) == 1
+
+
+def test_together_refreshes_all_layers_at_the_start_of_the_interval():
+    for steps in refreshed(steps=14, depth=4, interval=6, refresh="together"):
+        assert steps == [0, 6, 12]

@@ -618,3 +618,115 @@ def test_sequences_with_padding_train_with_masked_loss_and_masked_fisher():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# less ordinary loops
+
+
+def test_gradient_penalties_with_a_second_derivative():
+    results = []
+    for attached in (False, True):
+        model = mlp(torch.float32)
+        optimizer = KFAC(model, lr=0.0) if attached else None
+        x, y = data(dtype=torch.float32)
+        x.requires_grad_()
+        loss = F.cross_entropy(model(x), y)
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + slope.square().sum()).backward()
+        results.append(gradients(model))
+        if optimizer is not None:
+            optimizer.step()
+            assert optimizer.dropped_estimates == 0
+    assert_same(*results)
+
+
+def test_saved_tensors_on_the_cpu():
+    results = []
+    for offload in (False, True):
+        model, (x, y) = mlp(), data()
+        optimizer = bare_kfac(model)
+        with torch.autograd.graph.save_on_cpu() if offload else torch.enable_grad():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        results.append((gradients(model), optimizer.curvature["0"].to_dense()))
+    assert_same(*results)
+
+
+def test_a_part_of_the_model_under_no_grad_is_no_reentrant_checkpoint():
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                features = torch.tanh(self.backbone(x))
+            return self.head(features)
+
+    torch.manual_seed(0)
+    model, (x, y) = Features().to(DOUBLE), data()
+    a, g = reference.kronecker_factors(model, x, "head")
+    optimizer = bare_kfac(model, lr=0.1)
+    before = model.backbone.weight.clone()
+    for _ in range(2):
+        train_step(optimizer, model, x, y)
+    assert torch.equal(before, model.backbone.weight)
+    assert optimizer.curvature["head"].to_dense().shape == torch.kron(a, g).shape
+
+
+def test_a_model_with_two_inputs():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(4, 3), nn.Linear(2, 3), nn.Linear(3, 3)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.left(a)) * torch.tanh(self.right(b)))
+
+    torch.manual_seed(0)
+    model, inputs = Pair().to(DOUBLE), (torch.randn(6, 4, dtype=DOUBLE), torch.randn(6, 2, dtype=DOUBLE))
+    expected = {n: reference.kronecker_factors(model, inputs, n) for n in ("left", "right", "head")}
+    optimizer = bare_kfac(model)
+    estimate(optimizer, model, *inputs)
+    for name, (a, g) in expected.items():
+        close(optimizer.curvature[name].to_dense(), torch.kron(a, g))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_one_output_per_example_may_come_without_its_dimension(likelihood):
+    x, _ = data()
+    blocks = []
+    for squeeze in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).to(DOUBLE)
+        if squeeze:
+            model.append(nn.Flatten(0))
+        optimizer = bare_kfac(model, likelihood=likelihood)
+        estimate(optimizer, model, x)
+        blocks.append(optimizer.curvature["0"].to_dense())
+    close(blocks[1], blocks[0])
+
+
+def test_parameters_of_several_dtypes_in_one_group():
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), Lambda(lambda h: h.bfloat16()), nn.Linear(8, 3, dtype=torch.bfloat16)
+    )
+    optimizer = KFAC(model, lr=0.1)
+    x, y = data(32, dtype=torch.float32)
+    losses = [train_step(optimizer, model, x, y) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert [p.dtype for p in model.parameters()] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_regression_and_binary_labels_train(likelihood, curvature):
+    model = mlp(torch.float32, classes=2)
+    x, _ = data(64, dtype=torch.float32)
+    target = torch.stack([(x[:, 0] > 0).float(), (x[:, 1] > x[:, 2]).float()], dim=1)
+    loss = F.mse_loss if likelihood == "gaussian" else F.binary_cross_entropy_with_logits
+    optimizer = KFAC(model, likelihood=likelihood, curvature=curvature)
+    losses = [train_step(optimizer, model, x, target, loss) for _ in range(60)]
+    assert losses[-1] < 0.7 * losses[0]

@@ -39,12 +39,15 @@ class Quadrature:
     residuals: Tensor
     num_vectors: int
 
-    def snapped(self, size: int) -> Quadrature:
+    def snapped(self, size: int, mean: float | None = None) -> Quadrature:
         r"""Gives every converged Ritz value its known weight ``1 / size`` and scales the other weights.
 
         A Ritz value with a small residual *is* an eigenvalue, and a simple eigenvalue of a ``size × size`` matrix
         has the weight ``1 / size``; the random weight that quadrature gives it is only right on average. Values
         whose weight is far too large for a simple eigenvalue (multiple ones) are left alone.
+
+        With the exact ``mean`` eigenvalue (the trace is cheap to know) the values between the converged ones and
+        zero are scaled to meet it, at the cost of those near zero.
         """
         top = float(self.nodes.max()) if self.nodes.numel() else 0.0
         converged = (self.nodes >= SNAP_FLOOR * top) & (self.residuals <= SNAP_RESIDUAL * top) & (self.weights > 0)
@@ -57,7 +60,27 @@ class Quadrature:
             return self  # more converged values than eigenvalues, or nothing that could take the rest
         scaled = self.weights * (rest / loose if loose > 0.0 else 0.0)
         weights = torch.where(converged, torch.full_like(self.weights, 1.0 / size), scaled)
-        return Quadrature(self.nodes, weights / weights.sum(), self.residuals, self.num_vectors)
+        weights = weights / weights.sum()
+        if mean is not None:
+            weights = _with_mean(self.nodes, weights, converged, mean)
+        return Quadrature(self.nodes, weights, self.residuals, self.num_vectors)
+
+
+def _with_mean(nodes: Tensor, weights: Tensor, fixed: Tensor, mean: float) -> Tensor:
+    """Scales the weights of the values between ``fixed`` and zero so that the measure has this mean and mass one."""
+    low = (nodes < SNAP_FLOOR * nodes.max()) & ~fixed
+    free = ~fixed & ~low
+    carried, carried_low = (float((weights * nodes)[part].sum()) for part in (free, low))
+    mass, mass_low = (float(weights[part].sum()) for part in (free, low))
+    determinant = carried * mass_low - carried_low * mass
+    if not determinant > 0.0:
+        return weights  # nothing between, or nothing near zero that could give way
+    missing, missing_mass = mean - float((weights * nodes)[fixed].sum()), 1.0 - float(weights[fixed].sum())
+    factor = (missing * mass_low - carried_low * missing_mass) / determinant
+    factor_low = (carried * missing_mass - missing * mass) / determinant
+    if not (0.5 < factor < 2.0 and factor_low >= 0.0):
+        return weights  # too far off to be a correction
+    return torch.where(free, weights * factor, torch.where(low, weights * factor_low, weights))
 
 
 class ProbeLanczos:
@@ -255,7 +278,9 @@ class TopEigenpairs:
         values, pairs: the current eigenvalues ``[count]``, descending, and eigenvectors ``[n, count]``.
     """
 
-    def __init__(self, start: Tensor, count: int, *, tolerance: float, max_columns: int, max_products: int = 2000) -> None:
+    def __init__(
+        self, start: Tensor, count: int, *, tolerance: float, max_columns: int, max_products: int = 2000
+    ) -> None:
         n = start.shape[0]
         self.count, self.tolerance, self.max_products = min(count, n), tolerance, max_products
         self.max_columns = min(n, max(max_columns, 2 * self.count + 2))
@@ -289,8 +314,8 @@ class TopEigenpairs:
             return
         if self.products >= self.max_products:
             raise RuntimeError(
-                f"top_eigenpairs: {int(is_open.sum())} of {self.count} pairs have a residual above {self.tolerance:g} of "
-                f"the largest eigenvalue after {self.products} products. Raise tolerance, or ask for fewer pairs."
+                f"top_eigenpairs: {int(is_open.sum())} of {self.count} pairs have a residual above {self.tolerance:g} "
+                f"of the largest eigenvalue after {self.products} products. Raise tolerance, or ask for fewer pairs."
             )
         fresh = residual[:, is_open] if bool(is_open.any()) else _random_like(residual[:, :1], self.products)
         if self.used + fresh.shape[1] > self.max_columns:

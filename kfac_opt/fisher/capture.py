@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import vjp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kfac_opt.fisher.data import Batch
-from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock
+from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock, Parameters, pull_back
 from kfac_opt.fisher.stores import FactorStore, RowStore, Store
 from kfac_opt.layers import LayerAdapter
 
@@ -187,10 +186,14 @@ def _vectorised_rows(model: FrozenModel, names: list[str], batch: Batch, columns
         for index, leaf in zip(batched, own_leaves):
             single[index] = leaf.unsqueeze(0)
         example = Batch(tree_unflatten(single, structure), None, 1)
-        _, pull = vjp(lambda p: model.forward(example, p)[0], values)
-        return torch.vmap(lambda column: pull(column.unsqueeze(0))[0])(own_columns)
+        pull = pull_back(_logits_of(model, example), values)
+        return torch.vmap(lambda column: pull(column.unsqueeze(0)))(own_columns)
 
     return torch.vmap(one)(columns, *[leaves[index] for index in batched])
+
+
+def _logits_of(model: FrozenModel, batch: Batch) -> Callable[[Parameters], Tensor]:
+    return lambda parameters: model.forward(batch, parameters)[0]
 
 
 def _looped_rows(model: FrozenModel, names: list[str], batch: Batch, roots: list[Tensor]) -> dict[str, Tensor]:
@@ -198,8 +201,8 @@ def _looped_rows(model: FrozenModel, names: list[str], batch: Batch, roots: list
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for index in range(batch.size):
         example = batch.slice(index, index + 1)
-        _, pull = vjp(lambda p, example=example: model.forward(example, p)[0], values)
-        pulled = [pull(root[index : index + 1])[0] for root in roots]
+        pull = pull_back(_logits_of(model, example), values)
+        pulled = [pull(root[index : index + 1]) for root in roots]
         for name in names:
             found[name].append(torch.stack([column[name] for column in pulled]))
     return {name: torch.stack(parts) for name, parts in found.items()}

@@ -85,7 +85,8 @@ class RepeatedData:
             if expected is not None:
                 self._compare(expected, mark, len(seen))
             seen.append(mark)
-            yield batch
+            if batch.size:
+                yield batch
         if not seen or sum(size for size, _ in seen) == 0:
             raise ValueError(
                 f"{self.owner}: the data holds no examples{' in this pass' if expected else ''}. Give at least one"
@@ -152,8 +153,8 @@ class RepeatedData:
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
         if not tensors:
             raise TypeError(
-                f"{self.owner}: batch {index} of the data is {type(inputs).__name__} without a tensor, expected a tensor "
-                "of inputs or an (inputs, targets) pair."
+                f"{self.owner}: batch {index} of the data is {type(inputs).__name__} without a tensor, expected a "
+                "tensor of inputs or an (inputs, targets) pair."
             )
         return Batch(inputs, targets, tensors[0].shape[0])
 

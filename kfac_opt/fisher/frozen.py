@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -19,6 +19,7 @@ from kfac_opt.curvature.collector import Collector
 from kfac_opt.curvature.hooks import WeakHook
 from kfac_opt.fisher.data import Batch
 from kfac_opt.layers import LayerAdapter, find_adapter
+from kfac_opt.outputs import pick_logits
 
 Parameters = dict[str, Tensor]
 
@@ -66,7 +67,11 @@ class ParameterBlock:
         assert self.adapter is not None
         layout, rows = self.adapter.layout, matrices.shape[0]
         if not layout.has_bias:
-            weight = torch.vmap(lambda m: layout.from_matrix(m)[0])(matrices) if rows > 1 else layout.from_matrix(matrices[0])[0]
+            weight = (
+                torch.vmap(lambda m: layout.from_matrix(m)[0])(matrices)
+                if rows > 1
+                else layout.from_matrix(matrices[0])[0]
+            )
             return weight.reshape(rows, -1)
         weight, bias = torch.vmap(layout.from_matrix)(matrices) if rows > 1 else layout.from_matrix(matrices[0])
         assert bias is not None
@@ -147,23 +152,7 @@ class FrozenModel:
         args, kwargs = _arguments(batch.inputs)
         with quiet(self.module), _differentiable_kernels(), torch.autocast(self.device.type, enabled=False):
             returned = functional_call(self.module, (values, buffers), args, kwargs)
-        return self._logits(returned)
-
-    def _logits(self, returned: Any) -> tuple[Tensor, Tensor | None]:
-        if self.outputs is not None:
-            returned = self.outputs(returned)
-            if isinstance(returned, tuple) and len(returned) == 2:
-                return returned[0], returned[1]
-            return returned, None
-        if isinstance(returned, Tensor):
-            return returned, None
-        logits = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"{self.owner}: the model returned {type(returned).__name__}, expected a tensor of logits or an object "
-                "with `.logits`. Pass outputs=lambda output: ... to pick the logits from what the model returns."
-            )
-        return logits, None
+        return pick_logits(returned, self.outputs)
 
     def activation_bytes(self, batch: Batch) -> int:
         """Memory that one forward and backward over ``batch`` keeps for its intermediate values."""
@@ -171,7 +160,7 @@ class FrozenModel:
 
         def pack(tensor: Tensor) -> Tensor:
             pointer, size = tensor.untyped_storage().data_ptr(), tensor.numel() * tensor.element_size()
-            kept[pointer] = max(size, kept.get(pointer, 0))  # of a view only its own part: it may be a slice of all data
+            kept[pointer] = max(size, kept.get(pointer, 0))  # a view counts by itself: it may be one of all data
             return tensor
 
         own = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
@@ -188,7 +177,7 @@ def quiet(module: nn.Module) -> Iterator[None]:
         id(owner): owner
         for part in module.modules()
         for hook in part._forward_pre_hooks.values()
-        if isinstance(hook, WeakHook) and isinstance(owner := hook.owner, Collector)
+        if isinstance(hook, WeakHook) and isinstance(owner := hook._owner(), Collector)
     }
     before = [(collector, collector.paused, collector.forward_seen) for collector in collectors.values()]
     for collector in collectors.values():
@@ -210,6 +199,12 @@ def _differentiable_kernels() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def pull_back(function: Callable[[Parameters], Tensor], values: Parameters) -> Callable[[Tensor], Parameters]:
+    """The vector-Jacobian product of ``function`` at ``values``, as a function of the cotangent."""
+    pull = vjp(function, values)[1]
+    return lambda cotangent: cast(Parameters, pull(cotangent)[0])
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 r"""The Fisher matrix of a model as a matrix: products, trace, eigenvalues, without writing it out.
 
-:math:`F = \frac1N \sum_n J_n^\top H_n J_n` with the Jacobian ``J_n`` and the output Hessian ``H_n`` of every term of the
-mean loss (Martens 2020, arXiv:1412.1193, §9).
+:math:`F = \frac1N \sum_n J_n^\top H_n J_n` with the Jacobian ``J_n`` and the output Hessian ``H_n`` of every term of
+the mean loss (Martens 2020, arXiv:1412.1193, §9).
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class FisherMatrix:
         labels: ``[N, m]``, to use instead of drawing; of a multi-output Gaussian or Bernoulli ``[N, m, outputs]``.
         generator: draws the labels; None means seed 0.
         route: how products are made. None takes the fastest that fits, said in ``route`` and ``route_reason``:
-            ``"dense"`` writes the matrix out (taken up to P = 5000); ``"gram"`` keeps all rows (few rows); ``"factored"``
-            keeps layer inputs and output gradients of linear maps, so that a product needs no pass through the network;
-            ``"streamed"`` makes those anew for every product; ``"func"`` is jvp and vjp of torch.func.
+            ``"dense"`` writes the matrix out (taken up to P = 5000); ``"gram"`` keeps all rows (few rows);
+            ``"factored"`` keeps layer inputs and output gradients of linear maps, so that a product needs no pass
+            through the network; ``"streamed"`` makes those anew for every product; ``"func"`` is jvp and vjp of
+            torch.func.
         memory_limit: bytes that this object may keep and use on the way; default 2 GiB. The data, the model's copy,
             and the vectors are not counted.
         outputs: picks the logits, or ``(logits, mask)`` with a bool mask over loss terms, from what the model returns.
@@ -105,7 +106,7 @@ class FisherMatrix:
         self.route: RouteName = plan.route
         self.route_reason = plan.reason
         self._route = make_route(self._source, blocks, plan)
-        self._trace: Tensor | None = None
+        self._traces: dict[str, Tensor] | None = None
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -123,6 +124,11 @@ class FisherMatrix:
     def device(self) -> torch.device:
         """Of products: that of the model."""
         return self._source.model.device
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that this object may use."""
+        return self._source.memory_limit
 
     @property
     def num_terms(self) -> int:
@@ -146,7 +152,8 @@ class FisherMatrix:
 
     def __repr__(self) -> str:
         blocks = "layer_wise" if self.is_layer_wise else "full"
-        return f"FisherMatrix(P={self.shape[0]}, N={self.num_terms}, kind='{self.kind}', blocks='{blocks}', route='{self.route}')"
+        sizes = f"P={self.shape[0]}, N={self.num_terms}"
+        return f"FisherMatrix({sizes}, kind='{self.kind}', blocks='{blocks}', route='{self.route}')"
 
     # -- products -----------------------------------------------------------------------------------------------
 
@@ -164,19 +171,24 @@ class FisherMatrix:
 
     def trace(self) -> Tensor:
         """Exact trace, 0-dim: the mean squared norm of the rows."""
-        if self._trace is None:
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack(list(self.block_traces().values())).sum()
+
+    def block_traces(self) -> dict[str, Tensor]:
+        """Exact trace of the diagonal block of every module that owns parameters, 0-dim each."""
+        if self._traces is None:
+            totals = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.block_slices}
             with torch.no_grad():
                 if isinstance(self._route, DenseRoute):
-                    for matrix in self._route.matrices.values():
-                        total += matrix.diagonal().double().sum()
+                    for name, where in self.block_slices.items():
+                        matrices = self._route.matrices
+                        diagonal = matrices[name].diagonal() if self.is_layer_wise else matrices[""].diagonal()[where]
+                        totals[name] += diagonal.double().sum()
                 else:
                     for stores in self._route.store_sets():
-                        for store in stores.values():
-                            total += store.squares().double().sum()
-                    total /= self.num_terms
-            self._trace = total.to(self.dtype)
-        return self._trace.clone()
+                        for name, store in stores.items():
+                            totals[name] += store.squares().double().sum() / self.num_terms
+            self._traces = {name: total.to(self.dtype) for name, total in totals.items()}
+        return dict(self._traces)
 
     def to_dense(self) -> Tensor:
         """``[P, P]``; zero between the blocks of ``layer_wise``."""
@@ -285,14 +297,17 @@ class FisherMatrix:
         size = self.shape[0]
         room = self._source.memory_limit // (2 * size * self.dtype.itemsize)
         if room < 2 * k + 2:
+            needed = 2 * (2 * k + 2) * size * self.dtype.itemsize
             raise ValueError(
-                f"FisherMatrix: {k} eigenpairs of size {size} need {readable(2 * (2 * k + 2) * size * self.dtype.itemsize)},"
-                f" memory_limit is {readable(self._source.memory_limit)}. Raise memory_limit or ask for fewer pairs."
+                f"FisherMatrix: {k} eigenpairs of size {size} need {readable(needed)}, "
+                f"memory_limit is {readable(self._source.memory_limit)}. Raise memory_limit or ask for fewer pairs."
             )
         slices = self.block_slices if self.is_layer_wise else {"": slice(0, size)}
         searches: dict[str, TopEigenpairs] = {}
         for name, part in parts.items():
-            noise = torch.randn(part, min(part, max(2, k)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            noise = torch.randn(
+                part, min(part, max(2, k)), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
             searches[name] = TopEigenpairs(
                 noise.to(self.device, self.dtype), k, tolerance=tolerance, max_columns=min(room, max(40, 4 * k))
             )

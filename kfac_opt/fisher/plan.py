@@ -55,11 +55,11 @@ def make_plan(source: FisherSource, blocks: Blocks, forced: RouteName | None) ->
     needed = costs.needed(room)
     if forced is not None:
         if needed[forced] > room:
-            fitting = [name for name, size in needed.items() if size <= room]
+            smaller = [name for name, size in needed.items() if size <= room]
             raise ValueError(
                 f"{source.owner}: route '{forced}' keeps {readable(needed[forced])}, but memory_limit="
                 f"{readable(source.memory_limit)} leaves {readable(room)}. Raise memory_limit to at least "
-                f"{readable(needed[forced] * WORK_SHARE / (WORK_SHARE - 1))}, or choose one of {fitting}."
+                f"{readable(needed[forced] * WORK_SHARE / (WORK_SHARE - 1))}, or choose one of {smaller}."
             )
         return Plan(forced, "as asked for", costs.as_rows(forced, room), needed)
     times = costs.times(room)
@@ -117,7 +117,9 @@ class _Costs:
         fast = without | {b.name for b in blocks if b.adapter and self._row_time(b) <= self._factor_time(b)}
         if route in ("streamed", "func", "dense") or self._kept(fast) <= room:
             return frozenset(fast)
-        return frozenset(without | {b.name for b in blocks if b.adapter and self._row_bytes(b) <= self._factor_bytes(b)})
+        return frozenset(
+            without | {b.name for b in blocks if b.adapter and self._row_bytes(b) <= self._factor_bytes(b)}
+        )
 
     def _kept(self, rows: set[str] | frozenset[str]) -> int:
         sizes = [self._row_bytes(b) if b.name in rows else self._factor_bytes(b) for b in self.source.blocks]

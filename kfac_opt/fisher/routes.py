@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import jvp
 
+from kfac_opt.fisher.frozen import pull_back
 from kfac_opt.fisher.plan import Blocks, Plan
 from kfac_opt.fisher.source import FisherSource
 from kfac_opt.fisher.stores import Store
@@ -103,11 +104,11 @@ class FuncRoute(Route):
                     def outputs(given: dict[str, Tensor], chunk: Any = chunk) -> Tensor:
                         return model.forward(chunk, given)[0]
 
-                    _, pull = vjp(outputs, values)
+                    pull = pull_back(outputs, values)
                     for index in range(vectors.shape[1]):
                         tangents = _unflattened(vectors[where, index], shapes, values)
-                        _, moved = jvp(outputs, (values,), (tangents,))
-                        (gradients,) = pull(roots.multiply(moved))
+                        moved = jvp(outputs, (values,), (tangents,))[1]
+                        gradients = pull(roots.multiply(moved))
                         flat = torch.cat([gradients[name].reshape(-1) for name, _ in shapes])
                         total[where, index] += flat.to(total.dtype)
         return total / self.source.num_terms

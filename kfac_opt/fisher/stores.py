@@ -1,8 +1,8 @@
 r"""Rows of the Fisher matrix of one block and some examples, as rows or as factors.
 
-With :math:`u_{nk} = J_n^\top r_{nk}` the Fisher matrix is :math:`F = \frac1N \sum_{nk} u_{nk} u_{nk}^\top`. For a linear
-map on inputs ``a`` with output gradients ``g``, :math:`u_{nk} = \sum_s g_{nks} a_{ns}^\top`, and products with ``F`` need
-only ``a`` and ``g``: no pass through the network and no row ever written out.
+With :math:`u_{nk} = J_n^\top r_{nk}` the Fisher matrix is :math:`F = \frac1N \sum_{nk} u_{nk} u_{nk}^\top`. For a
+linear map on inputs ``a`` with output gradients ``g``, :math:`u_{nk} = \sum_s g_{nks} a_{ns}^\top`, and products with
+``F`` need only ``a`` and ``g``: no pass through the network and no row ever written out.
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ class FactorStore(Store):
                 total += (outer * inner[:, None, :, None]).reshape(total.shape)
             return total
         half = self.work_bytes // 4
-        return torch.cat([torch.cat([mine @ theirs.mT for theirs in other.row_slices(half)], 1) for mine in self.row_slices(half)])
+        return torch.cat(
+            [torch.cat([mine @ theirs.mT for theirs in other.row_slices(half)], 1) for mine in self.row_slices(half)]
+        )
 
     @property
     def nbytes(self) -> int:

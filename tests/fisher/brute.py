@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.reference import batch_size, example_hessian, parameter_jacobian
+from tests.reference import example_hessian, parameter_jacobian
 
 
 def jacobians(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -76,5 +76,7 @@ def block_diagonal(matrix: Tensor, slices: dict[str, slice]) -> Tensor:
 def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     """A dense symmetric matrix with these eigenvalues and random eigenvectors."""
     generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64))
+    basis, _ = torch.linalg.qr(
+        torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64)
+    )
     return (basis * eigenvalues) @ basis.T

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -100,14 +101,20 @@ def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_rela
     if not updates or lr == 0.0:
         return
     device = updates[0].device
-    index = torch.tensor(found.blocks, device=device)
+    index = _on_device(tuple(found.blocks), torch.int64, device)
     squares = torch.stack(_gathered(torch._foreach_norm([*updates, *found.parameters]))).square().unflatten(0, (2, len(updates)))
     total = squares.new_zeros(2, found.num_blocks).index_add_(1, index, squares).sqrt()
-    floor = RELATIVE_FLOOR * torch.tensor(found.out_dims, device=device, dtype=squares.dtype).sqrt()
+    floor = RELATIVE_FLOOR * _on_device(tuple(found.out_dims), squares.dtype, device).sqrt()
     allowed = max_relative_update * torch.maximum(total[1], floor)
     factors = (allowed / (lr * total[0]).clamp_min(torch.finfo(squares.dtype).tiny)).clamp_max(1.0)
     for update, factor in zip(updates, factors[index].unbind()):
         update.mul_(factor.to(update.device, update.dtype))
+
+
+@lru_cache(maxsize=256)
+def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers as a tensor, copied to the device once: a copy from the host waits for the device."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def apply_(parameters: list[Tensor], updates: list[Tensor], lr: float, decay: float, *, foreach: bool) -> None:

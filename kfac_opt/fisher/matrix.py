@@ -6,7 +6,8 @@ the mean loss (Martens 2020, arXiv:1412.1193, §9).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from kfac_opt.fisher.plan import Blocks, RouteName, make_plan
 from kfac_opt.fisher.routes import DenseRoute, StoreRoute, dense_blocks, gram_matrices, make_route
 from kfac_opt.fisher.source import FisherSource, readable
+from kfac_opt.fisher.stores import Store
 from kfac_opt.fisher.terms import FisherKind
 from kfac_opt.lanczos import TopEigenpairs, drive
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
@@ -154,6 +156,29 @@ class FisherMatrix:
         blocks = "layer_wise" if self.is_layer_wise else "full"
         sizes = f"P={self.shape[0]}, N={self.num_terms}"
         return f"FisherMatrix({sizes}, kind='{self.kind}', blocks='{blocks}', route='{self.route}')"
+
+    def with_blocks(self, blocks: Blocks) -> FisherMatrix:
+        """The same matrix, full or layer-wise, sharing the data, the labels and the kept rows."""
+        _one_of("blocks", blocks, BLOCKS)
+        other = copy.copy(self)
+        other.is_layer_wise = blocks == "layer_wise"
+        if isinstance(self._route, StoreRoute):
+            other._route = copy.copy(self._route)
+            other._route.layer_wise = other.is_layer_wise
+        elif other.is_layer_wise != self.is_layer_wise:
+            plan = make_plan(self._source, blocks, None)
+            other.route, other.route_reason = plan.route, plan.reason
+            other._route = make_route(self._source, blocks, plan)
+        return other
+
+    def rows_by_block(self) -> Iterator[tuple[str, Store]]:
+        """Name of a block and the rows of some examples in it, until all examples of all blocks were seen.
+
+        For every block the examples come in the order of the data. Rows are not yet divided by ``N``.
+        """
+        with torch.no_grad():
+            for stores in self._route.store_sets():
+                yield from stores.items()
 
     # -- products -----------------------------------------------------------------------------------------------
 

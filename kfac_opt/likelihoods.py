@@ -269,7 +269,8 @@ class _PerExample(Likelihood):
         return max(outputs[0].numel(), 1) if outputs.shape[0] else 0
 
     def root_column(self, outputs: Tensor, column: int) -> Tensor:
-        root = torch.zeros_like(outputs)
+        # Not zeros_like: it keeps the strides of channels-last outputs, and reshape would then write into a copy.
+        root = torch.zeros(outputs.shape, dtype=outputs.dtype, device=outputs.device)
         root.reshape(outputs.shape[0], -1)[:, column] = self._deviation(outputs).reshape(outputs.shape[0], -1)[:, column]
         return root
 
@@ -397,6 +398,7 @@ def output_gradients(
     a random sign of its own: where a layer's rows mix several terms the cross products then cancel in
     expectation, and where they do not the outer products do not see the sign. Masked terms are zero.
     """
+    outputs = outputs.detach()
     keep = likelihood.term_mask(outputs, mask)
     for index in range(num_labels if kind == "mc" else likelihood.root_columns(outputs)):
         if kind == "mc":

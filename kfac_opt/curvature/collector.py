@@ -94,8 +94,9 @@ class Collector:
         self._due, self._states = due, states
         for name, tracked in due.items():
             if tracked.module is not None:  # before the root's: a model that is itself a layer
+                # In front of the user's hooks, which may replace the output.
                 hook = WeakHook(self, "on_layer", name)
-                self._handles.append(tracked.module.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(tracked.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._handles.append(self.root.register_forward_pre_hook(WeakHook(self, "on_root_start"), with_kwargs=True))
         end = WeakHook(self, "on_root_end")
         self._handles.append(self.root.register_forward_hook(end, with_kwargs=True, always_call=True))
@@ -127,10 +128,15 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(out, Tensor) or not isinstance(x, Tensor) or not out.requires_grad:
             return
-        self.fired.add(name)
         block = self._due[name].block
         assert block.adapter is not None
-        _, batch, shared, _ = block.adapter.output_rows(out.detach()).shape
+        if out.numel() == 0 or x.numel() == 0:
+            self.fired.add(name)
+            return  # no rows
+        groups, batch, shared, out_dim = block.adapter.output_rows(out.detach()).shape
+        if (groups, out_dim) != block.layout.shape[:2]:
+            return  # a subclass that returns something else than its linear map: as if it had not run
+        self.fired.add(name)
         call = Call(x.detach(), (batch, shared), self._rows_kept(self.mask, (batch, shared)))
         current.calls.setdefault(name, []).append(call)
         # An edge, not the tensor: after ReLU(inplace=True) the tensor gives the gradient behind the ReLU.
@@ -192,6 +198,7 @@ class Collector:
             logits.register_hook(_Watch(self, logits.detach()))
         if self.fisher == "empirical":
             current.logits = logits.detach()
+            current.edges = {}  # they would keep the graph of a pass without a backward
             on_gradient(get_gradient_edge(logits), LogitsArrival(current))
             self.pending.open.append(current)
         else:
@@ -203,7 +210,8 @@ class Collector:
         self._pass_index += 1
         owners = [(name, index) for name, edges in current.edges.items() for index in range(len(edges))]
         edges = [current.edges[name][index] for name, index in owners]
-        alone = [tracked for tracked in self._due.values() if tracked.module is None]
+        # A parameter may have been frozen since the blocks were made.
+        alone = [t for t in self._due.values() if t.module is None and t.weight.requires_grad]
         targets: Any = [*edges, *(tracked.weight for tracked in alone)]
         if not targets:
             return

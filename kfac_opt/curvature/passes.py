@@ -70,8 +70,10 @@ class LogitsArrival:
 def on_gradient(edge: GradientEdge, arrival: Callable[[Tensor], None]) -> None:
     """Calls ``arrival`` with the gradient that reaches this edge, whatever in-place operation follows it."""
 
+    number = edge.output_nr  # the edge itself in the closure would be a cycle that keeps the graph alive
+
     def before(gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[edge.output_nr]
+        gradient = gradients[number]
         if gradient is not None:
             arrival(gradient)
 

@@ -27,6 +27,7 @@ from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, track
 from kfac_opt.optim.views import CurvatureMapping, CurvatureView
 
 LABELS = 1  # purpose numbers of derived seeds
+INTERVALS = ("factor_interval", "inverse_interval")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedOptimizer]] = weakref.WeakKeyDictionary()
 
@@ -108,7 +109,11 @@ class AttachedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         if getattr(self, "_model", None) is not None:
-            self._track()
+            try:
+                self._track()
+            except ValueError:
+                self.param_groups.pop()
+                raise
             self._arm()
 
     def _attach(self, model: nn.Module) -> None:
@@ -283,9 +288,14 @@ class AttachedOptimizer(Optimizer):
                 state["curvature"] = tracked.block.init_state(tracked.weight.device)
 
 
+    def _as_armed(self) -> list[dict[str, Any]]:
+        """Groups with the intervals that the hooks were set by: one that is changed later counts from the next step."""
+        return [{**group, **armed} for group, armed in zip(self.param_groups, self._armed_intervals)]
+
     def _arm(self) -> None:
         """Hooks on for the next step if it takes an estimate, off if it does not."""
         step = self._step_count()
+        self._armed_intervals = [{name: group[name] for name in INTERVALS} for group in self.param_groups]
         due = self._estimation.due(step, self.param_groups, self._known_states())
         if not due:
             self._collector.detach()

@@ -90,14 +90,15 @@ class CurvatureOptimizer(AttachedOptimizer):
         """State, estimates and refreshes of this step; counts it."""
         self._init_state()
         step = self._step_count()
-        due = self._estimation.due(step, self.param_groups, self._states())
+        groups = self._as_armed()
+        due = self._estimation.due(step, groups, self._states())
         pending = None
         if due:
             self._refuse_unseen()
             self._refuse_hidden(due)
             pending = self._collector.take()
             self._flatten_unused(due, pending.num_terms)
-        self._estimation.advance(self._states(), pending, step, self.param_groups, self._damping)
+        self._estimation.advance(self._states(), pending, step, groups, self._damping)
         steps = [self.state[p]["step"] for group in self.param_groups for p in group["params"] if p in self.state]
         torch._foreach_add_(steps, 1)
 
@@ -115,7 +116,8 @@ class CurvatureOptimizer(AttachedOptimizer):
 
     def _refuse_hidden(self, due: dict[str, TrackedBlock]) -> None:
         for name in self._collector.hidden - self._collector.fired:
-            if name in due and due[name].weight.grad is not None:
+            gradient = due[name].weight.grad if name in due else None
+            if gradient is not None and bool(gradient.any()):  # zeros are what zero_grad(set_to_none=False) leaves
                 raise RuntimeError(
                     f"{type(self).__name__}: layer '{name}' runs inside a reentrant checkpoint, which hides it from "
                     "hooks. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."

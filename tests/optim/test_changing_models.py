@@ -1,0 +1,185 @@
+"""Models that change under the optimizer, odd outputs and odd layers: what a user meets after the first week."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_opt import KFAC
+from tests.support import Lambda, bare_kfac, close, data, estimate, mlp, train_step
+
+
+def linear_then(function) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), Lambda(function)).double()
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_exact_fisher_of_outputs_that_are_not_contiguous(likelihood):
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    plain = linear_then(lambda out: out.mT.contiguous())
+    turned = linear_then(lambda out: out.mT)
+    turned.load_state_dict(plain.state_dict())
+    factors = []
+    for model in (plain, turned):
+        optimizer = bare_kfac(model, likelihood=likelihood)
+        estimate(optimizer, model, x)
+        factors.append(optimizer.curvature["0"].output_factor)
+    close(factors[1], factors[0])
+    assert float(factors[0].diagonal().min()) > 0.1
+
+
+def test_exact_fisher_of_a_channels_last_image_output():
+    model = nn.Conv2d(2, 3, 3).double().to(memory_format=torch.channels_last)
+    optimizer = bare_kfac(model, likelihood="gaussian")
+    estimate(optimizer, model, torch.randn(4, 2, 6, 6, dtype=torch.float64).to(memory_format=torch.channels_last))
+    close(optimizer.curvature[""].output_factor.diagonal(), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_scheduler_may_shorten_the_factor_interval_after_any_step():
+    model = mlp()
+    optimizer = bare_kfac(model, factor_interval=10)
+    for _ in range(3):
+        train_step(optimizer, model, *data())
+    optimizer.param_groups[0]["factor_interval"] = 1
+    counts = []
+    for _ in range(3):
+        train_step(optimizer, model, *data())
+        counts.append(int(optimizer.state[model[0].weight]["curvature"]["estimates"]))
+    assert counts == [1, 2, 3]  # the hooks of the first of these steps were decided before the change
+
+
+def test_a_scheduler_may_change_the_inverse_interval_and_no_scale_is_lost():
+    model = mlp()
+    optimizer = bare_kfac(model, curvature="eigenbasis", inverse_interval=50, factor_decay=0.5)
+    for interval in (50, 50, 1, 1, 7, 7, 2, 2):
+        optimizer.param_groups[0]["inverse_interval"] = interval
+        train_step(optimizer, model, *data())
+        state = optimizer.state[model[0].weight]["curvature"]
+        assert float(state["scales_weight"]) == float(state["weight"])
+        trace = optimizer.curvature["0"].to_dense().trace()
+        assert float(trace) > 0
+
+
+def test_a_parameter_of_its_own_may_be_frozen_later():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x * self.scale)
+
+    model = Scaled()
+    with pytest.warns(UserWarning, match="scale"):
+        optimizer = KFAC(model)
+    x, y = data(dtype=torch.float32)
+    train_step(optimizer, model, x, y)
+    model.scale.requires_grad_(False)
+    model.scale.grad = None
+    before = model.scale.clone()
+    train_step(optimizer, model, x, y)
+    assert torch.equal(before, model.scale)
+    assert int(optimizer.state[model.linear.weight]["curvature"]["estimates"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3)), torch.zeros(0, 1, 6, 6)),
+        (nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)), torch.zeros(0, 7, dtype=torch.long)),
+        (nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 3)), torch.zeros(0, 2, 6)),
+    ],
+    ids=["conv2d", "embedding", "group_norm"],
+)
+def test_an_empty_batch_goes_through_every_layer(model, x):
+    optimizer = KFAC(model)
+    model(x).log_softmax(-1).narrow(-1, 0, 1).sum().backward()
+    optimizer.step()
+    full = torch.zeros(2, *x.shape[1:], dtype=x.dtype)
+    optimizer.zero_grad()
+    model(full).log_softmax(-1).narrow(-1, 0, 1).sum().backward()
+    optimizer.step()
+    assert all(float(optimizer.state[p]["step"]) == 2 for p in model.parameters())
+
+
+def test_a_layer_under_no_grad_with_zeroed_gradients_is_no_reentrant_checkpoint():
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.encoder(x)
+            return self.head(x)
+
+    model = Frozen()
+    optimizer = KFAC(model)
+    x, y = data(dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert int(optimizer.state[model.head.weight]["curvature"]["estimates"]) == 2
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("backward", [True, False])
+def test_no_cycle_keeps_the_graph_of_a_pass(fisher, backward):
+    model = mlp(torch.float32)
+    optimizer = KFAC(model, fisher=fisher)
+    x, y = data(dtype=torch.float32)
+    x.requires_grad_()
+    gc.collect()
+    gc.disable()
+    try:
+        loss = F.cross_entropy(model(x), y)
+        if backward:
+            loss.backward()
+        leaf = weakref.ref(x)  # a leaf of the graph: dead when no node of the graph is left
+        del loss, x
+        assert leaf() is None
+    finally:
+        gc.enable()
+    optimizer.step()
+
+
+def test_users_hooks_that_replace_an_output_stand_behind_the_layer():
+    hooked, written = mlp(), mlp()
+    hooked[0].register_forward_hook(lambda module, args, out: 2 * out)
+    written = nn.Sequential(written[0], Lambda(lambda out: 2 * out), *written[1:])
+    factors = []
+    for model in (hooked, written):
+        optimizer = bare_kfac(model)
+        estimate(optimizer, model, data()[0])
+        factors.append(optimizer.curvature["0"].output_factor)
+    close(factors[0], factors[1])
+
+
+def test_a_group_that_is_refused_is_not_added():
+    model = mlp()
+    optimizer = KFAC(model, [model[0].weight, model[2].weight])
+    with pytest.raises(ValueError, match="different parameter groups"):
+        optimizer.add_param_group({"params": [model[0].bias]})
+    assert len(optimizer.param_groups) == 1
+    train_step(optimizer, model, *data())
+
+
+def test_a_subclass_with_outputs_of_another_shape_falls_back_to_the_diagonal():
+    class Heads(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).unflatten(-1, (2, 2))
+
+    model = nn.Sequential(Heads(4, 4), nn.Linear(2, 3), Lambda(lambda out: out.mean(1)))
+    optimizer = KFAC(model)
+    with pytest.warns(UserWarning, match="'0'.*diagonal"):
+        train_step(optimizer, model, *data(dtype=torch.float32))
+    assert list(optimizer.curvature) == ["0.weight", "0.bias", "1"]

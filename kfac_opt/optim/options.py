@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,10 +54,14 @@ FOREIGN_KEYS = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr
 
 
 def check_keys(owner: str, group: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises for a key that no option has: a misspelt one would be ignored in silence."""
+    """Warns of a key that no option has: frameworks keep labels of their own in groups, and a misspelt option is one too."""
     unknown = sorted(set(group) - set(known) - set(FOREIGN_KEYS))
     if unknown:
-        raise ValueError(f"{owner}: unknown option {unknown[0]!r} in a parameter group; allowed are {sorted(known)}")
+        warnings.warn(
+            f"{owner}: {unknown[0]!r} in a parameter group is no option of {owner} and changes nothing; its options are "
+            f"{sorted(known)}. Ignore this if another tool put it there.",
+            stacklevel=4,
+        )
 
 
 def check_group(owner: str, group: Mapping[str, Any], *, zero_damping: bool) -> None:

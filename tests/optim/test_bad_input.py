@@ -506,3 +506,10 @@ def test_nan_gradients_with_a_sound_forward_leave_the_curvature_alone():
     optimizer.step()
     assert all(v.to_dense().isfinite().all() for v in optimizer.curvature.values())
     assert math.isfinite(float(optimizer.curvature["0"].to_dense().sum()))
+
+
+def test_an_unknown_option_of_a_group_is_kept_and_said():
+    model = mlp()
+    with pytest.warns(UserWarning, match=r"'dampng' in a parameter group is no option of KFAC"):
+        optimizer = KFAC(model, [{"params": model.parameters(), "dampng": 0.1}])
+    assert optimizer.param_groups[0]["dampng"] == 0.1

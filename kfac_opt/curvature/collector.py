@@ -297,7 +297,6 @@ class Collector:
         """``g = N_step · s · ∂/∂output``: undoes the reduction of the loss, and its scale where that can be read off."""
         terms = sum(current.num_terms for current in pending.settled)
         pending.num_terms += terms  # passes that were steps of their own are in it already
-        alone = [tracked for tracked in self._due.values() if tracked.module is None and tracked.weight.grad is not None]
         for current in pending.settled:
             reduced = float(terms) if self.loss_reduction == "mean" else 1.0
             scale = reduced if current.scale is None else 1.0 / current.scale
@@ -305,18 +304,25 @@ class Collector:
                 if name in self._due:
                     self._due[name].block.scale_outputs(statistics, scale)
             self._keep(current)
-        for tracked in alone if pending.settled else []:
-            # The squared gradient of the sum over all examples: biased, since labels of the data have no mean zero.
-            # Every rank holds the gradient of the batch of all ranks: R shares of (√R N_rank)² add up to N². Ranks
-            # that run other passes of the same batch do not share it.
-            ranks = num_ranks(self.process_group) / self.sample_ranks
-            scale = (terms if self.loss_reduction == "mean" else 1.0) * ranks**0.5
-            gradient = cast(Tensor, tracked.weight.grad) * scale
-            if not bool(torch.isfinite(gradient).all()):
-                self.dropped += 1
-                break
-            tracked.block.add_output(pending.statistics.setdefault(tracked.name, Statistics()), [], [gradient], None)
+        if pending.settled:
+            self._add_parameter_gradients(pending, terms)
         pending.settled = []
+
+    def _add_parameter_gradients(self, pending: Pending, terms: int) -> None:
+        """Parameters of their own: the squared gradient of the sum over all examples.
+
+        Biased, since labels of the data have no mean zero. Every rank holds the gradient of the batch of all ranks: R
+        shares of (√R N_rank)² add up to N². Ranks that run other passes of the same batch do not share it.
+        """
+        ranks = num_ranks(self.process_group) / self.sample_ranks
+        scale = (terms if self.loss_reduction == "mean" else 1.0) * ranks**0.5
+        alone = [entry for entry in self._due.values() if entry.module is None and entry.weight.grad is not None]
+        gradients = [cast(Tensor, entry.weight.grad) * scale for entry in alone]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self.dropped += 1
+            return
+        for entry, gradient in zip(alone, gradients):
+            entry.block.add_output(pending.statistics.setdefault(entry.name, Statistics()), [], [gradient], None)
 
     def count_dropped(self) -> int:
         """Passes dropped so far, those included whose backward has just come."""

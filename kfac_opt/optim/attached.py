@@ -21,7 +21,7 @@ from kfac_opt.distributed import active_group, rank
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.estimation import Estimation
-from kfac_opt.optim.loading import by_number, install_saved
+from kfac_opt.optim.loading import by_number, check_saved, install_saved
 from kfac_opt.optim.options import derive_seed, seeded
 from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, track
 from kfac_opt.optim.views import CurvatureMapping, CurvatureView
@@ -158,6 +158,26 @@ class AttachedOptimizer(Optimizer):
         )
         views = {name: self._view(name, tracked) for name, tracked in self._tracked.items()}
         self._views = CurvatureMapping(views)
+
+    def _cover_unfrozen(self) -> bool:
+        """Gives blocks to parameters that were frozen when the blocks were made and are trained now.
+
+        Passes since the last step belong to the old blocks and are dropped, and so is the curvature of a layer whose
+        bias joins its matrix.
+        """
+        covered = {id(parameter) for tracked in self._tracked.values() for parameter in tracked.parameters}
+        groups = [group["params"] for group in self.param_groups if group["curvature"] != "identity"]
+        if all(id(p) in covered or not p.requires_grad for members in groups for p in members):
+            return False
+        before = {id(tracked.weight): tracked.block for tracked in self._tracked.values()}
+        self._track()
+        now = {id(tracked.weight): tracked.block for tracked in self._tracked.values()}
+        for parameter in (p for members in groups for p in members):
+            old, new = before.get(id(parameter)), now.get(id(parameter))
+            if parameter in self.state and (type(old), old and old.layout) != (type(new), new and new.layout):
+                self.state[parameter].pop("curvature", None)
+        self._collector.reset()
+        return True
 
     def _view(self, name: str, tracked: TrackedBlock) -> CurvatureView:
         this = weakref.proxy(self)
@@ -317,9 +337,15 @@ class AttachedOptimizer(Optimizer):
         Parameter names (as distributed checkpoints write them) and numbers are both understood.
         """
         seen: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            blocks = {id(entry.weight): entry for entry in self._tracked.values()} if self._model is not None else {}
+            check_saved(type(self).__name__, given, self.param_groups, self.defaults, blocks)
+            seen.append(given)
+
         # Last of the pre-hooks, so that it sees what the others made; first of the post-hooks, so that they see
         # our tensors and not torch's, which are cast to the dtype of the parameter.
-        before = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+        before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(lambda _: self._install(seen[-1]), prepend=True)
         try:
             super().load_state_dict(by_number(state_dict, self._model, self.param_groups))
@@ -334,6 +360,7 @@ class AttachedOptimizer(Optimizer):
             self._base_seed = int(seeds[0])
         if self._model is None:
             return
+        self._retrack_flat([])  # the saved groups say which curvature they have
         flat = [
             name
             for name, entry in self._tracked.items()

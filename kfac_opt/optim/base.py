@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.attached import AttachedOptimizer
 from kfac_opt.optim.tracking import TrackedBlock, describe_unused
@@ -88,10 +89,11 @@ class CurvatureOptimizer(AttachedOptimizer):
 
     def _advance_curvature(self) -> None:
         """State, estimates and refreshes of this step; counts it."""
+        unfrozen = self._cover_unfrozen()
         self._init_state()
         step = self._step_count()
         groups = self._as_armed()
-        due = self._estimation.due(step, groups, self._states())
+        due = {} if unfrozen else self._estimation.due(step, groups, self._states())
         pending = None
         if due:
             self._refuse_unseen()
@@ -125,15 +127,23 @@ class CurvatureOptimizer(AttachedOptimizer):
 
     def _flatten_unused(self, due: dict[str, TrackedBlock], num_terms: int) -> None:
         """Layers used through their weight only (their forward never ran) move to diagonal blocks, once, by name."""
-        if num_terms == 0 or self._checked_unused:
+        if self._checked_unused:
+            return
+        layers = {name: entry for name, entry in due.items() if entry.module is not None}
+        ran = [float(num_terms), *(float(name in self._collector.fired) for name in layers)]
+        group = active_group(self._options.process_group)
+        if group is not None:  # a layer that only another rank used is no layer without a forward
+            device = next(iter(due.values())).weight.device
+            numbers = torch.tensor(ran, dtype=torch.float64, device=device)
+            sum_over_ranks_([numbers], group)
+            ran = numbers.tolist()
+        if ran[0] == 0:
             return
         self._checked_unused = True
         unused = [
             name
-            for name, entry in due.items()
-            if entry.module is not None
-            and name not in self._collector.fired
-            and any(p.grad is not None and bool(p.grad.any()) for p in entry.parameters)
+            for (name, entry), used in zip(layers.items(), ran[1:])
+            if not used and any(p.grad is not None and bool(p.grad.any()) for p in entry.parameters)
         ]
         if unused:
             describe_unused(type(self).__name__, unused)

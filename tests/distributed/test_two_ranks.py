@@ -55,6 +55,9 @@ EQUAL = [
     "accumulation",
     "diagonal",
     "no sync",
+    "experts kronecker",
+    "experts eigenbasis",
+    "nothing left",
 ]
 
 

@@ -130,6 +130,56 @@ def no_sync(rank: int | None) -> dict[str, Any]:
     return results(model, optimizer)
 
 
+class Experts(nn.Module):
+    """Each example goes through one of two layers, by the sign of its first entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive, self.negative, self.head = nn.Linear(10, 4), nn.Linear(10, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        hidden = x.new_zeros(len(x), 4)
+        for expert, chosen in ((self.positive, x[:, 0] > 0), (self.negative, x[:, 0] <= 0)):
+            if chosen.any():
+                hidden = hidden.index_put((chosen,), expert(x[chosen]))
+        return self.head(torch.tanh(hidden))
+
+
+def experts(rank: int | None, curvature: str) -> dict[str, Any]:
+    """Each rank uses a layer that the other does not."""
+    from kfac_opt import KFAC
+
+    torch.manual_seed(0)
+    model = Experts().to(DOUBLE)
+    net = model if rank is None else DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = KFAC(model, **options(curvature=curvature))
+    for step in range(3):
+        x, y = batch(step)
+        x[:, 0, 0] = x[:, 0, 0].abs()
+        x[32:, 0, 0] *= -1
+        optimizer.zero_grad()
+        F.cross_entropy(net(share(x, rank)), share(y, rank)).backward()
+        optimizer.step()
+    return results(model, optimizer)
+
+
+def nothing_left(rank: int | None) -> dict[str, Any]:
+    """The last batch has no example for the second rank."""
+    from kfac_opt import KFAC
+
+    model = network()
+    net = model if rank is None else DistributedDataParallel(model)
+    optimizer = KFAC(model, **options(curvature="eigenbasis"))
+    x, y = batch(0)
+    for start, end in ((0, 32), (0, 64)):
+        mine = slice(None) if rank is None else slice(start, end) if rank == 0 else slice(end, 64)
+        optimizer.zero_grad()
+        ((1 if rank is None else RANKS) * F.cross_entropy(net(x[mine]), y[mine], reduction="sum") / 64).backward()
+        optimizer.step()
+    return results(model, optimizer)
+
+
 class Factorizations(TorchDispatchMode):
     """Counts the matrices that are factorised or inverted."""
 
@@ -290,6 +340,9 @@ SCENARIOS: dict[str, Callable[[int | None], dict[str, Any]]] = {
     "one rank drops": one_rank_drops,
     "all ranks drop": lambda rank: one_rank_drops(rank, all_drop=True),
     "no sync": no_sync,
+    "experts kronecker": lambda rank: experts(rank, "kronecker"),
+    "experts eigenbasis": lambda rank: experts(rank, "eigenbasis"),
+    "nothing left": nothing_left,
     "factorizations kronecker": lambda rank: factorizations(rank, "kronecker"),
     "factorizations eigenbasis": lambda rank: factorizations(rank, "eigenbasis"),
     "sampled kronecker": lambda rank: sampled(rank, "kronecker"),

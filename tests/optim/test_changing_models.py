@@ -183,3 +183,41 @@ def test_a_subclass_with_outputs_of_another_shape_falls_back_to_the_diagonal():
     with pytest.warns(UserWarning, match="'0'.*diagonal"):
         train_step(optimizer, model, *data(dtype=torch.float32))
     assert list(optimizer.curvature) == ["0.weight", "0.bias", "1"]
+
+
+def test_a_layer_given_frozen_and_unfrozen_later_gets_curvature():
+    model = mlp(torch.float32)
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model, model.parameters(), factor_interval=1)
+    x, y = data(dtype=torch.float32)
+    train_step(optimizer, model, x, y)
+    assert list(optimizer.curvature) == ["2"]
+    kept = optimizer.curvature["2"].input_factor
+    model[0].requires_grad_(True)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    gradient, before = model[0].weight.grad.clone(), model[0].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(gradient, model[0].weight.grad)
+    assert 0 < float((model[0].weight - before).norm()) <= 0.05 * float(before.norm()) * 1.01
+    assert list(optimizer.curvature) == ["0", "2"]
+    assert torch.equal(kept, optimizer.curvature["2"].input_factor)
+    train_step(optimizer, model, x, y)
+    assert optimizer.curvature["0"].input_factor.shape == (5, 5)
+
+
+def test_a_bias_unfrozen_later_joins_the_matrix_of_its_layer():
+    model = mlp(torch.float32)
+    model[0].bias.requires_grad_(False)
+    optimizer = KFAC(model, model.parameters(), factor_interval=1)
+    x, y = data(dtype=torch.float32)
+    train_step(optimizer, model, x, y)
+    assert optimizer.curvature["0"].input_factor.shape == (4, 4)
+    model[0].bias.requires_grad_(True)
+    before = model[0].bias.detach().clone()
+    train_step(optimizer, model, x, y)
+    with pytest.raises(RuntimeError, match="no estimate"):
+        optimizer.curvature["0"].input_factor  # noqa: B018 - reading is what raises
+    train_step(optimizer, model, x, y)
+    assert optimizer.curvature["0"].input_factor.shape == (5, 5)
+    assert not torch.equal(before, model[0].bias)

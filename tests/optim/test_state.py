@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
-from tests.support import assert_same, mlp, train_step, weights
+from tests.support import assert_same, data, mlp, train_step, weights
 
 OPTIONS = [
     {"curvature": "kronecker"},
@@ -375,3 +375,36 @@ def test_copying_between_backward_and_step_leaves_the_original_as_it_was():
     alone.step()
     assert_same(weights(model), weights(twin))
     assert_same(optimizer.state_dict(), alone.state_dict())
+
+
+def test_the_state_of_another_optimizer_is_refused_before_anything_changes():
+    model = mlp(torch.float32)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train_step(sgd, model, *data(dtype=torch.float32))
+    optimizer = KFAC(model)
+    with pytest.raises(ValueError, match="'damping'.*not saved by KFAC"):
+        optimizer.load_state_dict(sgd.state_dict())
+    train_step(optimizer, model, *data(dtype=torch.float32))
+
+
+def test_a_state_saved_with_another_damping_style_is_refused_by_name():
+    model = mlp(torch.float32)
+    first = KFAC(model)
+    train_step(first, model, *data(dtype=torch.float32))
+    first.detach()
+    second = KFAC(model, damping_style="exact")
+    with pytest.raises(ValueError, match="'0'.*damping_style"):
+        second.load_state_dict(first.state_dict())
+    train_step(second, model, *data(dtype=torch.float32))
+
+
+def test_the_curvature_of_the_saved_groups_is_taken_over_as_every_option_of_a_group_is():
+    model = mlp(torch.float32)
+    first = KFAC(model, curvature="eigenbasis")
+    train_step(first, model, *data(dtype=torch.float32))
+    twin = copy.deepcopy(model)
+    second = KFAC(twin)
+    second.load_state_dict(first.state_dict())
+    for optimizer, net in ((first, model), (second, twin)):
+        train_step(optimizer, net, *data(dtype=torch.float32, seed=7))
+    assert_same(weights(model), weights(twin))

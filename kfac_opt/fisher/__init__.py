@@ -10,15 +10,31 @@ from kfac_opt.fisher.gradients import (
 )
 from kfac_opt.fisher.matrix import FisherMatrix
 from kfac_opt.fisher.spectrum import SpectralDensity, SpectralErrors, spectral_density
+from kfac_opt.fisher.variance import (
+    EstimatorVariance,
+    PartVariance,
+    SecondVariance,
+    decay_for,
+    effective_labels,
+    entrywise_variance,
+    estimator_variance,
+)
 
 __all__ = [
+    "EstimatorVariance",
     "FisherMatrix",
     "GradientMonitor",
     "GradientStatistics",
     "LayerGradients",
     "Outliers",
+    "PartVariance",
+    "SecondVariance",
     "SpectralDensity",
     "SpectralErrors",
+    "decay_for",
+    "effective_labels",
+    "entrywise_variance",
+    "estimator_variance",
     "gradient_statistics",
     "spectral_density",
     "symmetric_log_bins",

@@ -258,6 +258,26 @@ def _shapes_fit(model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: B
     return fitting
 
 
+def recorded_calls(model: FrozenModel, names: list[str], batch: Batch) -> dict[str, Tensor]:
+    """Input of the (first) call of each of these layers."""
+    found: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            found.setdefault(name, args[0].detach())
+
+        return hook
+
+    handles = [model.module.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    try:
+        with torch.no_grad():
+            model.forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def measured_shapes(model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch) -> dict[str, BlockShape]:
     """Sizes of the blocks on this data; positions of all calls of a layer are added."""
     linear = [block for block in blocks if block.adapter is not None]

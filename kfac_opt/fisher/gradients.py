@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from kfac_opt.fisher.matrix import FisherMatrix
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 
+NETWORK = "(network)"
+"""Name of the whole among the layers' names."""
 OutlierRule = Literal["centered", "uncentered"]
 OUTLIER_FACTOR = 10.0
 SMALL = 0.1
@@ -46,7 +48,7 @@ class Outliers:
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Gradient data of one layer, or of the whole network (name ``""``), at one moment.
+    """Gradient data of one layer, or of the whole network (``"(network)"``), at one moment.
 
     Attributes:
         name: of the module.
@@ -132,7 +134,7 @@ class GradientStatistics:
     num_examples: int
 
     def summary(self, batch_size: int = 1) -> dict[str, dict[str, float]]:
-        """Plain numbers by layer (the network under ``""``), for a log or a table.
+        """Plain numbers by layer (the network under ``"(network)"``), for a log or a table.
 
         Args:
             batch_size: of the training run, for ``diffusion``.
@@ -183,7 +185,7 @@ def gradient_statistics(
     layers = {name: _oriented(name, norms[name].sqrt(), means[name], *pairs[name], projections[name]) for name in pairs}
     all_norms = torch.stack(list(norms.values())).sum(0).sqrt()
     all_means = torch.cat(list(means.values()))
-    network = _oriented("", all_norms, all_means, *joint, joint_projections)
+    network = _oriented(NETWORK, all_norms, all_means, *joint, joint_projections)
     return GradientStatistics(layers, network, by_layer.num_terms)
 
 

@@ -124,9 +124,9 @@ def test_summary_has_plain_numbers_for_every_layer():
     model = mlp()
     found = gradient_statistics(model, data(20))
     summary = found.summary(batch_size=4)
-    assert set(summary) == {"", "0", "2"}
+    assert set(summary) == {"(network)", "0", "2"}
     assert summary["0"]["outliers"] == len(found.layers["0"].outliers())
-    assert summary[""]["diffusion"] == pytest.approx(found.network.diffusion(4))
+    assert summary["(network)"]["diffusion"] == pytest.approx(found.network.diffusion(4))
     assert all(isinstance(value, float) for part in summary.values() for value in part.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,8 @@ class CurvatureOptimizer(AttachedOptimizer):
     Not used by itself: :class:`kfac_opt.KFAC` and :class:`kfac_opt.KFACVI` are its two faces.
     """
 
+    _trust_region_scales: dict[int, Tensor] = {}  # noqa: RUF012 - replaced, never written to
+
     # -- the step -----------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -41,10 +42,19 @@ class CurvatureOptimizer(AttachedOptimizer):
         with torch.no_grad():
             self._refuse_written()
             self._advance_curvature()
+            self._trust_region_scales = {}
             for number, group in enumerate(self.param_groups):
                 self._step_group(number, group)
         self._arm()
         return loss
+
+    @property
+    def trust_region_scales(self) -> dict[int, Tensor]:
+        """What the KL clip multiplied the last step's directions by (0-dim, in (0, 1]), by number of the group.
+
+        Groups without a clip, and all before the first step, have no entry.
+        """
+        return dict(self._trust_region_scales)
 
     def _refuse_step(self) -> None:
         """Raises where a subclass cannot take a step just now."""
@@ -212,7 +222,9 @@ class CurvatureOptimizer(AttachedOptimizer):
         trust_region = group["curvature"] != "identity"
         updates = found.directions
         if trust_region and group["kl_clip"] is not None and found.num_blocks:
-            multiply_(updates, kl_clip_factor(found.inner(), lr, float(group["kl_clip"])), foreach=foreach)
+            scale = kl_clip_factor(found.inner(), lr, float(group["kl_clip"]))
+            self._trust_region_scales[number] = scale
+            multiply_(updates, scale, foreach=foreach)
         updates = self._before_momentum(group, found.parameters, updates, lr)
         if float(group["momentum"]) > 0.0:
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in found.parameters]

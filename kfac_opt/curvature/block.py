@@ -167,9 +167,9 @@ class CurvatureBlock(ABC):
         return dense_of_groups(form.dense(), form.eigenvalues.shape[1])
 
 
-def average_into(average: Tensor, estimate: Tensor, decay: float) -> None:
-    """``X̂ ← d X̂ + (1 − d) X``; dividing by the weight, averaged alike, makes it unbiased from the first estimate."""
-    average.mul_(decay).add_(estimate, alpha=1.0 - decay)
+def average_into(average: Tensor, total: Tensor, decay: float, count: int = 1) -> None:
+    """``X̂ ← d X̂ + (1 − d) total / count``; dividing by the weight, averaged alike, makes it unbiased."""
+    average.mul_(decay).add_(total, alpha=(1.0 - decay) / count)
 
 
 def average_weight(state: State, decay: float, name: str = "weight") -> None:

@@ -260,7 +260,7 @@ class Collector:
 
     def _finite(self, current: Pass) -> bool:
         """One read of the device for all sums of the pass; a pass that is not finite is dropped and counted."""
-        sums = [value.sum() for statistics in current.statistics.values() for value in statistics.sums.values()]
+        sums = [_probe(k, value) for statistics in current.statistics.values() for k, value in statistics.sums.items()]
         sums += [g.sum().to(sums[0].dtype) for s in current.statistics.values() for _, gs, _ in s.examples for g in gs]
         if sums and not bool(torch.isfinite(torch.stack([value.to(sums[0].device) for value in sums])).all()):
             self.dropped += 1
@@ -399,3 +399,9 @@ def _let_go(holder: int, handles: list[RemovableHandle]) -> None:
         handle.remove()
     handles.clear()
     release_eager(holder)
+
+
+def _probe(name: str, value: Tensor) -> Tensor:
+    """0-dim, finite if ``value`` is: of a sum of outer products the diagonal bounds everything."""
+    gram = name in ("input", "output", "moment") and value.dim() == 3
+    return value.diagonal(dim1=-2, dim2=-1).sum() if gram else value.sum()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
 from kfac_opt.curvature.spectral import SpectralForm, two_by_two
+from kfac_opt.layers.norm import NormAdapter
 
 
 class DiagonalBlock(CurvatureBlock):
@@ -35,7 +36,7 @@ class DiagonalBlock(CurvatureBlock):
     def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
         if "square" not in statistics.sums:
             return
-        average_into(state["diagonal"], statistics.sums["square"] / num_terms, decay)
+        average_into(state["diagonal"], statistics.sums["square"], decay, num_terms)
         average_weight(state, decay)
         _track_scale(state, self.diagonal(state).mean(), self.layout.numel)
 
@@ -56,14 +57,11 @@ class NormBlock(CurvatureBlock):
     def add_output(
         self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
     ) -> None:
-        assert self.adapter is not None
-        sums: list[Tensor] = []
-        for call, gradient in zip(calls, gradients):
-            rows = self.adapter.input_rows(call.x.to(self.dtype))
-            products = rows * self.adapter.output_rows(gradient.to(self.dtype))
-            if call.keep is not None:
-                products = products * call.keep.unsqueeze(-1)
-            sums.append(products.sum(2))  # [channels, batch, 1 or 2]
+        assert isinstance(self.adapter, NormAdapter)
+        sums = [
+            self.adapter.example_sums(call.x.to(self.dtype), gradient.to(self.dtype), call.keep)
+            for call, gradient in zip(calls, gradients)
+        ]
         if len({part.shape for part in sums}) == 1:
             sums = [torch.stack(sums).sum(0)]  # the calls of one example belong to one gradient
         for part in sums:
@@ -81,7 +79,7 @@ class NormBlock(CurvatureBlock):
     def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
         if "moment" not in statistics.sums:
             return
-        average_into(state["moment"], statistics.sums["moment"] / num_terms, decay)
+        average_into(state["moment"], statistics.sums["moment"], decay, num_terms)
         average_weight(state, decay)
         _track_scale(state, self.moment(state).diagonal(dim1=-2, dim2=-1).mean(), self.layout.numel)
 

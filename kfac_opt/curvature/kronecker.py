@@ -17,9 +17,21 @@ from kfac_opt.linalg import (
     mean_diagonal,
     pack_triangle,
     pi_correction,
+    stacked,
     triangle_size,
     unpack_triangle,
 )
+from kfac_opt.panels import (
+    FACTOR_PANELS,
+    PANEL_DIM,
+    average_panels_,
+    pack_panels_,
+    panel_diagonal,
+    panel_size,
+    times_panels,
+    unpack_panels,
+)
+from kfac_opt.products import times_transposed
 
 DampingStyle = Literal["factored", "exact"]
 SIDES = ("input", "output")
@@ -33,7 +45,8 @@ class KroneckerBlock(CurvatureBlock):
     with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases. ``basis`` asks for eigenbases with the factored
     style as well (posterior samples need them).
 
-    A side larger than ``max_factor_dim``, or the input of an embedding, keeps only its diagonal.
+    A side larger than ``max_factor_dim``, or the input of an embedding, keeps only its diagonal. ``inverse_dtype`` is
+    that of the stored inverses and of the products with them (``dtype`` if None).
     """
 
     needs_input = False
@@ -48,10 +61,12 @@ class KroneckerBlock(CurvatureBlock):
         style: DampingStyle,
         max_factor_dim: int,
         basis: bool = False,
+        inverse_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(adapter.layout, adapter, dtype, sharing)
         self.layer = adapter
         self.style = style
+        self.inverse_dtype = dtype if inverse_dtype is None else inverse_dtype
         self.in_basis = basis or style == "exact"
         groups, out_dim, in_dim = self.layout.shape
         self.groups = groups
@@ -77,6 +92,10 @@ class KroneckerBlock(CurvatureBlock):
     def sum_shapes(self) -> dict[str, tuple[int, ...]]:
         return {side: self._shape(side) for side in SIDES}
 
+    def _in_panels(self, side: str) -> bool:
+        """Whether factor and inverse of this side are kept as panels of one triangle."""
+        return self.dense_sides[side] and self.dims[side] >= PANEL_DIM
+
     def _shape(self, side: str) -> tuple[int, ...]:
         n = self.dims[side]
         return (self.groups, n, n) if self.dense_sides[side] else (self.groups, n)
@@ -90,10 +109,13 @@ class KroneckerBlock(CurvatureBlock):
         state["refreshed_estimates"] = torch.zeros((), dtype=torch.int64)
         for side in SIDES:
             n = self.dims[side]
-            size = triangle_size(n) if self.dense_sides[side] else n
+            size = n
+            if self.dense_sides[side]:
+                size = panel_size(n, FACTOR_PANELS) if self._in_panels(side) else triangle_size(n)
             state[f"{side}_factor"] = torch.zeros(self.groups, size, dtype=self.dtype, device=device)
             if not self.in_basis:
-                state[f"{side}_inverse"] = torch.zeros(self._shape(side), dtype=self.dtype, device=device)
+                shape = (self.groups, panel_size(n)) if self._in_panels(side) else self._shape(side)
+                state[f"{side}_inverse"] = torch.zeros(shape, dtype=self.inverse_dtype, device=device)
                 continue
             state[f"{side}_values"] = torch.zeros(self.groups, n, dtype=self.dtype, device=device)
             if self.dense_sides[side]:
@@ -104,10 +126,12 @@ class KroneckerBlock(CurvatureBlock):
         if not statistics.num_rows or "output" not in statistics.sums:
             return
         for side, count in (("input", num_terms), ("output", statistics.num_rows)):
-            estimate = statistics.sums[side] / count
-            if self.dense_sides[side]:
-                estimate = pack_triangle(estimate)
-            average_into(state[f"{side}_factor"], estimate, decay)
+            total, factor = statistics.sums[side], state[f"{side}_factor"]
+            if self._in_panels(side):
+                average_panels_(factor, total, decay, (1.0 - decay) / count)
+            else:
+                estimate = pack_triangle(total) if self.dense_sides[side] else total
+                average_into(factor, estimate, decay, count)
         average_weight(state, decay)
         self._track_scale(state)
 
@@ -120,7 +144,9 @@ class KroneckerBlock(CurvatureBlock):
 
     def _diagonal(self, state: State, side: str) -> Tensor:
         factor, n = state[f"{side}_factor"], self.dims[side]
-        if self.dense_sides[side]:
+        if self._in_panels(side):
+            factor = panel_diagonal(factor, n)
+        elif self.dense_sides[side]:
             rows = torch.arange(n, device=factor.device)
             factor = factor[:, rows * n - rows * (rows - 1) // 2]  # where each row of the triangle starts
         return factor / float(state["weight"])
@@ -128,9 +154,13 @@ class KroneckerBlock(CurvatureBlock):
     def factor(self, state: State, side: str) -> Tensor:
         """The averaged factor ``[groups, n, n]``, or its diagonal ``[groups, n]``."""
         factor = state[f"{side}_factor"]
-        if self.dense_sides[side]:
+        if self._in_panels(side):
+            factor = unpack_panels(factor, self.dims[side], FACTOR_PANELS)
+        elif self.dense_sides[side]:
             factor = unpack_triangle(factor, self.dims[side])
-        return factor / float(state["weight"])
+        else:
+            factor = factor.clone()
+        return factor.div_(float(state["weight"]))
 
     # -- refresh ------------------------------------------------------------------------------------------------
 
@@ -164,7 +194,10 @@ class KroneckerBlock(CurvatureBlock):
 
     def _install(self, state: State, new: State) -> None:
         for name, value in new.items():
-            state[name].copy_(value)
+            if state[name].shape != value.shape:
+                pack_panels_(state[name], value)
+            else:
+                state[name].copy_(value)
 
     def _splits(self, means: dict[str, Tensor], gamma: Tensor) -> dict[str, Tensor]:
         """Damping of each side, ``[groups]``: ``π√γ`` for the input, ``√γ/π`` for the output."""
@@ -178,8 +211,10 @@ class KroneckerBlock(CurvatureBlock):
         # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
         # factor must not shrink it (a saturated softmax has G = 0 and a gradient).
         curved = (means["input"] > 0) & (means["output"] > 0)
+        all_curved = bool(curved.all())
         for side, factor in factors.items():
-            factor = torch.where(curved.reshape(-1, *[1] * (factor.dim() - 1)), factor, 0.0)
+            if not all_curved:
+                factor = torch.where(curved.reshape(-1, *[1] * (factor.dim() - 1)), factor, 0.0)
             if self.dense_sides[side]:
                 inverses[f"{side}_inverse"] = damped_inverse(factor, splits[side])
             else:
@@ -213,9 +248,26 @@ class KroneckerBlock(CurvatureBlock):
 
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
         if not self.in_basis:
-            return _both_sides(state["output_inverse"], matrix, state["input_inverse"])
+            right = self._times_inverse(state, "input", matrix.to(self.inverse_dtype))
+            # The output side from the left is the same from the right on the transpose: both inverses are symmetric.
+            return self._times_inverse(state, "output", right.mT, left=True).to(self.dtype)
         form = self.spectral_form(state, current=False)
         return form.rotate_back(form.rotate(matrix) / self.denominators(state, damping))
+
+    def _times_inverse(self, state: State, side: str, matrix: Tensor, *, left: bool = False) -> Tensor:
+        """``M X⁻¹`` of matrices ``[groups, m, n]``, transposed (``X⁻¹ Mᵀ``) with ``left``."""
+        inverse = state[f"{side}_inverse"]
+        if not self.dense_sides[side]:
+            product = matrix * inverse.unsqueeze(-2)
+        elif self._in_panels(side):
+            product = stacked([times_panels(one, packed) for one, packed in zip(matrix, inverse)])
+        elif matrix.shape[0] > 1:
+            return inverse @ matrix.mT if left else matrix @ inverse
+        elif left:
+            return times_transposed(inverse[0], matrix[0]).unsqueeze(0)
+        else:
+            return times_transposed(matrix[0], inverse[0]).unsqueeze(0)
+        return product.mT if left else product
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
         """What the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
@@ -236,9 +288,3 @@ class KroneckerBlock(CurvatureBlock):
         parts = self._bases({side: self.factor(state, side) for side in SIDES}) if current else state
         eigenvalues = parts["output_values"].unsqueeze(-1) * parts["input_values"].unsqueeze(-2)
         return SpectralForm(parts.get("output_basis"), parts.get("input_basis"), eigenvalues)
-
-
-def _both_sides(output_side: Tensor, matrix: Tensor, input_side: Tensor) -> Tensor:
-    """``S V R`` where a side is a matrix ``[groups, n, n]`` or the diagonal ``[groups, n]`` of one."""
-    matrix = output_side @ matrix if output_side.dim() == 3 else output_side.unsqueeze(-1) * matrix
-    return matrix @ input_side if input_side.dim() == 3 else matrix * input_side.unsqueeze(-2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_opt.layers.layout import MatrixLayout
+from kfac_opt.products import outer_gram
 
 WeightSharing = Literal["expand", "reduce"]
 
@@ -76,8 +77,14 @@ def second_moment(rows: Tensor, keep: Tensor | None = None, pool: Literal["mean"
 
     ``keep`` (bool ``[batch, shared]``) picks rows; ``pool`` joins the positions of an example first.
     """
-    rows = pooled_rows(rows, keep, pool)
-    return rows.mT @ rows
+    return gram(pooled_rows(rows, keep, pool).mT)
+
+
+def gram(columns: Tensor) -> Tensor:
+    """``C Cᵀ`` of ``[groups, features, rows]``: symmetric ``[groups, features, features]``."""
+    if columns.shape[0] == 1:
+        return outer_gram(columns[0].contiguous()).unsqueeze(0)
+    return columns @ columns.mT
 
 
 def second_moment_diagonal(
@@ -117,8 +124,12 @@ def register_layer(
         matches: instead of types, a predicate on the module, asked when no type matched: for layers of
             libraries that must not be imported here.
 
-    >>> @register_layer(nn.Linear)
-    ... class MyLinear(LinearAdapter): ...  # doctest: +SKIP
+    >>> from kfac_opt.layers.linear import LinearAdapter
+    >>> class Gain(nn.Linear): ...
+    >>> @register_layer(Gain)
+    ... class GainAdapter(LinearAdapter): ...
+    >>> find_adapter(Gain(2, 3)).__name__
+    'GainAdapter'
     """
 
     def decorate(adapter: Adapter) -> Adapter:

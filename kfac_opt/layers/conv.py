@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_opt.layers.adapter import LayerAdapter, append_one, register_layer
+from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, append_one, gram, register_layer
+from kfac_opt.layers.displacement import patch_moment
 from kfac_opt.layers.layout import MatrixLayout
+
+CHUNK_ENTRIES = 2**22  # of patches held at a time: 16 MB in single precision
+FEW_CHANNELS = 16  # below, patches are small and their moment is cheaper than the displacements'
 
 
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -24,6 +30,66 @@ class ConvAdapter(LayerAdapter):
     def input_rows(self, x: Tensor) -> Tensor:
         rows = self.patches(x)
         return append_one(rows) if self.layout.has_bias else rows
+
+    def input_moment(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
+        """As the plain version, without holding all patches: by displacements where that can be, else in chunks."""
+        if keep is not None or sharing == "reduce":
+            return super().input_moment(x, keep, sharing, dtype)
+        x = self.batched(x.to(dtype))
+        module = self.module
+        channels = x.shape[1] // module.groups
+        if self.by_displacements() and (channels >= FEW_CHANNELS or module.groups > 1):
+            lead = (1,) * (2 - len(module.kernel_size))
+            kernel, dilation = (*lead, *module.kernel_size), (*lead, *module.dilation)
+            image = x if x.dim() == 4 else x.unsqueeze(2)
+            return patch_moment(image, kernel, dilation, module.groups, with_one=self.layout.has_bias)
+        moment: Tensor | None = None
+        entries = x[0].numel() * math.prod(module.kernel_size)
+        for part in x.split(max(1, CHUNK_ENTRIES // max(entries, 1))):
+            rows = self.patch_columns(part)
+            moment = gram(rows) if moment is None else moment.add_(gram(rows))
+        assert moment is not None
+        return moment
+
+    def by_displacements(self) -> bool:
+        """Stride 1, zeros around the image so that the output is as large as the input, taps 1 or 3."""
+        module = self.module
+        reach = [step * (size // 2) for step, size in zip(module.dilation, module.kernel_size)]
+        return (
+            len(module.kernel_size) <= 2
+            and module.padding_mode == "zeros"
+            and all(stride == 1 for stride in module.stride)
+            and all(size in (1, 3) for size in module.kernel_size)
+            and list(module._reversed_padding_repeated_twice) == [pad for pad in reversed(reach) for _ in range(2)]
+        )
+
+    def patch_columns(self, x: Tensor) -> Tensor:
+        """``[groups, features, rows]``: :meth:`input_rows` with features first and all rows in one dimension."""
+        module = self.module
+        groups, _, size = self.layout.shape
+        if len(module.kernel_size) > 2:
+            return self.input_rows(x).flatten(1, 2).mT.contiguous()
+        image = self.padded(x)
+        lead = (1,) * (2 - len(module.kernel_size))
+        image = image if image.dim() == 4 else image.unsqueeze(2)
+        kernel, dilation, stride = ((*lead, *part) for part in (module.kernel_size, module.dilation, module.stride))
+        patches = F.unfold(image, kernel, dilation, 0, stride).unflatten(1, (groups, -1))
+        batch, _, features, locations = patches.shape
+        columns = x.new_empty(groups, size, batch * locations)
+        columns[:, :features].unflatten(2, (batch, locations)).copy_(patches.permute(1, 2, 0, 3))
+        if self.layout.has_bias:
+            columns[:, -1] = 1.0
+        return columns
+
+    def output_moment(self, gradient: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
+        if keep is not None or sharing == "reduce":
+            return super().output_moment(gradient, keep, sharing, dtype)
+        channels_first = self.batched(gradient.to(dtype)).transpose(0, 1)
+        return gram(channels_first.reshape(self.module.groups, self.layout.shape[1], -1))
+
+    def batched(self, x: Tensor) -> Tensor:
+        """With a batch dimension in front, if it has none."""
+        return x.unsqueeze(0) if x.dim() == len(self.module.kernel_size) + 1 else x
 
     def patches(self, x: Tensor) -> Tensor:
         """im2col: ``[groups, batch, locations, channels / groups · kernel]``, features in the order of the weight."""
@@ -42,8 +108,7 @@ class ConvAdapter(LayerAdapter):
     def padded(self, x: Tensor) -> Tensor:
         """The batched input ``[batch, channels, ...]`` with the convolution's padding around it."""
         module = self.module
-        if x.dim() == len(module.kernel_size) + 1:
-            x = x.unsqueeze(0)
+        x = self.batched(x)
         padding = module._reversed_padding_repeated_twice
         if not any(padding):
             return x
@@ -51,8 +116,7 @@ class ConvAdapter(LayerAdapter):
         return F.pad(x, padding, mode=mode)
 
     def output_rows(self, gradient: Tensor) -> Tensor:
-        if gradient.dim() == len(self.module.kernel_size) + 1:
-            gradient = gradient.unsqueeze(0)
+        gradient = self.batched(gradient)
         groups = self.module.groups
         batch, channels = gradient.shape[:2]
         rows = gradient.reshape(batch, groups, channels // groups, -1)

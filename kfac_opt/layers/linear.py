@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from kfac_opt.layers.adapter import LayerAdapter, append_one, register_layer
+from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, append_one, gram, register_layer
 from kfac_opt.layers.layout import MatrixLayout
 
 
@@ -29,6 +30,16 @@ class LinearAdapter(LayerAdapter):
     def input_rows(self, x: Tensor) -> Tensor:
         rows = _rows(x)
         return append_one(rows) if self.layout.has_bias else rows
+
+    def input_moment(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
+        """As the plain version; the column of ones goes in with the one copy that puts features first."""
+        if keep is not None or sharing == "reduce":
+            return super().input_moment(x, keep, sharing, dtype)
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
+        columns = rows.new_empty(self.layout.shape[2], rows.shape[0])
+        columns[: rows.shape[1]].copy_(rows.mT)
+        columns[rows.shape[1] :] = 1.0
+        return gram(columns.unsqueeze(0))
 
     def output_rows(self, gradient: Tensor) -> Tensor:
         return _rows(gradient)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +32,24 @@ class NormAdapter(LayerAdapter):
     def input_rows(self, x: Tensor) -> Tensor:
         rows = self.channels_last(self.normalized(x)).permute(2, 0, 1).unsqueeze(-1)
         return append_one(rows) if self.layout.has_bias else rows
+
+    def example_sums(self, x: Tensor, gradient: Tensor, keep: Tensor | None) -> Tensor:
+        """Per-example gradients ``(Σ_t g x̂, Σ_t g)`` of scale and shift: ``[channels, batch, 1 or 2]``."""
+        normalized = self.normalized(x)
+        if keep is not None:
+            gradient = gradient * self.kept(keep, gradient)
+        sums = [self.position_sum(normalized * gradient)]
+        if self.layout.has_bias:
+            sums.append(self.position_sum(gradient))
+        return torch.stack(sums, dim=-1).transpose(0, 1)
+
+    def position_sum(self, values: Tensor) -> Tensor:
+        """Sum over the positions of each example, ``[batch, channels]``."""
+        return values.flatten(2).sum(-1) if values.dim() > 2 else values
+
+    def kept(self, keep: Tensor, gradient: Tensor) -> Tensor:
+        """``keep [batch, shared]`` in a shape that multiplies ``gradient``."""
+        return keep.reshape(gradient.shape[0], 1, *gradient.shape[2:]).to(gradient.dtype)
 
     def output_rows(self, gradient: Tensor) -> Tensor:
         return self.channels_last(gradient).permute(2, 0, 1).unsqueeze(-1)
@@ -73,6 +92,13 @@ class InstanceNormAdapter(NormAdapter):
 
 class _LastDimensionsNorm(NormAdapter):
     """Channels are the last dimensions, those of the weight."""
+
+    def position_sum(self, values: Tensor) -> Tensor:
+        return self.channels_last(values).sum(1)
+
+    def kept(self, keep: Tensor, gradient: Tensor) -> Tensor:
+        lead = gradient.dim() - len(self.layout.weight_shape)
+        return keep.reshape(gradient.shape[:lead] + (1,) * len(self.layout.weight_shape)).to(gradient.dtype)
 
     def channels_last(self, x: Tensor) -> Tensor:
         channels = self.layout.shape[0]

@@ -48,6 +48,7 @@ class CurvatureOptions:
     outputs: Callable[[Any], Any] | None = None
     loss_reduction: Literal["mean", "sum"] = "mean"
     factor_dtype: torch.dtype = torch.float32
+    inverse_dtype: torch.dtype | None = None
     foreach: bool | None = None
     process_group: ProcessGroup | None = None
 
@@ -61,6 +62,11 @@ class CurvatureOptions:
             raise ValueError(
                 f"{owner}: factor_dtype must be torch.float32 or torch.float64, got {self.factor_dtype}. Factors in half "
                 "precision are not positive definite; model and inputs may be."
+            )
+        if self.inverse_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(
+                f"{owner}: inverse_dtype must be None (as the factors), torch.bfloat16, torch.float32 or torch.float64, got "
+                f"{self.inverse_dtype}. Half precision (float16) overflows: inverses are as large as 1 / damping."
             )
         if self.outputs is not None and not callable(self.outputs):
             raise TypeError(f"{owner}: outputs must be a function of the model's output, got {self.outputs!r}")
@@ -150,6 +156,7 @@ class AttachedOptimizer(Optimizer):
             options.max_factor_dim,
             options.factor_dtype,
             self.needs_basis,
+            options.inverse_dtype,
         )
         assert self._model is not None
         self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)

@@ -41,6 +41,7 @@ class BlockOptions:
     max_factor_dim: int
     factor_dtype: torch.dtype
     needs_basis: bool  # posterior samples need eigenbases with every damping style
+    inverse_dtype: torch.dtype | None = None
 
 
 def track(
@@ -129,6 +130,7 @@ def _block(adapter: LayerAdapter, curvature: str, dtype: torch.dtype, options: B
         style=options.damping_style,
         max_factor_dim=options.max_factor_dim,
         basis=options.needs_basis,
+        inverse_dtype=options.inverse_dtype,
     )
 
 

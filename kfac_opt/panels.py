@@ -1,0 +1,89 @@
+"""Symmetric matrices kept as row panels of one triangle: little more than half the memory, no copies row by row.
+
+The rows are cut into ranges; of each the part left of the diagonal block and the diagonal block itself are kept, both
+contiguous. Inverses are multiplied as they are, in few panels (9/16 of the matrix); factors, which are only averaged
+and read, are cut finer (33/64). Moving 4608 × 4608 takes a few large copies instead of 4608 small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kfac_opt.products import times_transposed
+
+NUM_PANELS = 8  # of inverses
+FACTOR_PANELS = 32
+PANEL_DIM = 1024  # smaller matrices are kept whole: their memory is small and the calls would cost more than they save
+
+
+def panel_ranges(n: int, number: int) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of each panel."""
+    size = -(-n // number)
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
+
+
+def panel_size(n: int, number: int = NUM_PANELS) -> int:
+    """Numbers kept of an ``n × n`` matrix."""
+    return sum((end - start) * end for start, end in panel_ranges(n, number))
+
+
+def panels(packed: Tensor, n: int, number: int = NUM_PANELS) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """``(start, end, left [end − start, start], diagonal [end − start, end − start])``: views of ``packed [size]``."""
+    position = 0
+    for start, end in panel_ranges(n, number):
+        rows = end - start
+        left = packed[position : position + rows * start].view(rows, start)
+        position += rows * start
+        diagonal = packed[position : position + rows * rows].view(rows, rows)
+        position += rows * rows
+        yield start, end, left, diagonal
+
+
+def pack_panels_(packed: Tensor, matrix: Tensor) -> None:
+    """Writes symmetric ``[groups, n, n]`` matrices into ``packed [groups, panel_size(n)]``, cast to its dtype."""
+    for one, whole in zip(packed, matrix):
+        for start, end, left, diagonal in panels(one, whole.shape[-1]):
+            left.copy_(whole[start:end, :start])
+            diagonal.copy_(whole[start:end, start:end])
+
+
+def average_panels_(packed: Tensor, matrix: Tensor, decay: float, weight: float) -> None:
+    """``X ← decay · X + weight · M``; X kept in ``packed [groups, size]``, M symmetric ``[groups, n, n]``."""
+    packed.mul_(decay)
+    for one, whole in zip(packed, matrix):
+        for start, end, left, diagonal in panels(one, whole.shape[-1], FACTOR_PANELS):
+            left.add_(whole[start:end, :start], alpha=weight)
+            diagonal.add_(whole[start:end, start:end], alpha=weight)
+
+
+def panel_diagonal(packed: Tensor, n: int) -> Tensor:
+    """Diagonal ``[groups, n]`` of what :func:`average_panels_` keeps."""
+    parts = [[diagonal.diagonal() for *_, diagonal in panels(one, n, FACTOR_PANELS)] for one in packed]
+    return torch.stack([torch.cat(part) for part in parts])
+
+
+def unpack_panels(packed: Tensor, n: int, number: int = NUM_PANELS) -> Tensor:
+    """The symmetric ``[groups, n, n]`` matrices."""
+    whole = packed.new_empty(packed.shape[0], n, n)
+    for one, target in zip(packed, whole):
+        for start, end, left, diagonal in panels(one, n, number):
+            target[start:end, :start] = left
+            target[:start, start:end] = left.mT
+            target[start:end, start:end] = diagonal
+    return whole
+
+
+def times_panels(matrix: Tensor, packed: Tensor) -> Tensor:
+    """``matrix [m, n]`` times the symmetric ``n × n`` matrix kept in ``packed [size]``."""
+    result = torch.empty_like(matrix)
+    for start, end, left, diagonal in panels(packed, matrix.shape[-1]):
+        here = matrix[:, start:end].contiguous()
+        result[:, start:end] = times_transposed(here, diagonal)
+        if start:
+            result[:, start:end].add_(times_transposed(matrix[:, :start].contiguous(), left))
+            result[:, :start].add_(times_transposed(here, left.mT))
+    return result

@@ -1,0 +1,132 @@
+"""Products of dense matrices at the speed of the machine: the library with the wider vectors, one triangle only.
+
+Plain tensors in, plain tensors out; the results are those of ``@`` up to rounding.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ONEDNN_OPERATIONS = 2**18  # below, a call costs more than it gains (measured: 64 × 64 × 64 is even)
+SPLIT_DIM = 512  # products with a triangular result or argument are split from this size on
+BLOCK_DIM = 256  # Cholesky blocks handled by LAPACK
+
+
+@lru_cache(maxsize=1)
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies faster than the BLAS that ``@`` calls: MKL does not use AVX-512 on AMD processors.
+
+    Single precision, one core of an AMD EPYC (Zen 5), 512 × 784 times 784 × 784: 205 instead of 101 Gflop/s. A
+    property of the machine and not a measurement at run time, so that a resumed run takes the same path.
+    """
+    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not usable or not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    description = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (description.read_text() if description.is_file() else platform.processor())
+
+
+def times_transposed(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ rightᵀ`` of matrices ``[m, k]`` and ``[n, k]``; fastest where both (or ``rightᵀ``) are contiguous."""
+    operations = left.shape[0] * left.shape[1] * right.shape[0]
+    plain = left.dtype != torch.float32 or left.device.type != "cpu" or operations < ONEDNN_OPERATIONS
+    # The private operator knows neither autograd nor views: strided slices fall into a loop without vectors.
+    plain = plain or not left.is_contiguous() or not (right.is_contiguous() or right.mT.is_contiguous())
+    plain = plain or not onednn_is_faster()
+    if plain or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)):
+        return left @ right.mT
+    return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def outer_gram(rows: Tensor) -> Tensor:
+    """``rows @ rowsᵀ`` of a contiguous matrix ``[n, k]``: symmetric ``[n, n]``; of large ones only one triangle."""
+    n = rows.shape[0]
+    if n < SPLIT_DIM:
+        return times_transposed(rows, rows)
+    half = n // 2
+    result = rows.new_empty(n, n)
+    result[:half, :half] = outer_gram(rows[:half])
+    result[half:, half:] = outer_gram(rows[half:])
+    result[half:, :half] = times_transposed(rows[half:], rows[:half])
+    result[:half, half:] = result[half:, :half].mT
+    return result
+
+
+def times_lower(left: Tensor, lower: Tensor) -> Tensor:
+    """``left @ lowerᵀ`` for a lower triangular ``[k, k]``: the zeros of large ones are left out."""
+    k = lower.shape[0]
+    if k < SPLIT_DIM:
+        return times_transposed(left, lower)
+    half = k // 2
+    result = left.new_empty(left.shape[0], k)
+    result[:, :half] = times_lower(left[:, :half].contiguous(), lower[:half, :half].contiguous())
+    result[:, half:] = times_transposed(left, lower[half:].contiguous())
+    return result
+
+
+def upper_times(upper: Tensor, right: Tensor) -> Tensor:
+    """``upper @ rightᵀ`` for an upper triangular ``[k, k]`` and ``right [n, k]``."""
+    k = upper.shape[0]
+    if k < SPLIT_DIM:
+        return times_transposed(upper, right)
+    half = k // 2
+    result = right.new_empty(k, right.shape[0])
+    result[:half] = times_transposed(upper[:half].contiguous(), right)
+    result[half:] = upper_times(upper[half:, half:].contiguous(), right[:, half:].contiguous())
+    return result
+
+
+def cholesky_inverse_(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of one symmetric positive definite ``[n, n]`` matrix, and a 0-dim bool: whether it failed.
+
+    Cholesky, inverse of the triangle and their product by recursive halving, so that nearly all operations are
+    products of large matrices; LAPACK's own are limited by its library's vectors. Overwrites ``matrix``.
+    """
+    failed = torch.zeros((), dtype=torch.bool, device=matrix.device)
+    upper, failed = _inverse_root_(matrix, failed)
+    inverse = _upper_gram(upper)
+    return inverse, failed | ~torch.isfinite(inverse.diagonal().sum())
+
+
+def _inverse_root_(matrix: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper triangular ``U`` with ``U Uᵀ = matrix⁻¹`` (``U = L⁻ᵀ``); reads the lower triangle of blocks."""
+    n = matrix.shape[0]
+    if n <= BLOCK_DIM:
+        triangle, info = torch.linalg.cholesky_ex(matrix)
+        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(triangle.mT, identity, upper=True).contiguous(), failed | (info != 0)
+    half = _middle(n)
+    first, failed = _inverse_root_(matrix[:half, :half].contiguous(), failed)
+    below = times_lower(matrix[half:, :half].contiguous(), first.mT.contiguous())  # L21
+    second, failed = _inverse_root_(matrix[half:, half:].sub_(outer_gram(below)).contiguous(), failed)
+    corner = upper_times(first, below)
+    root = matrix.zero_()
+    root[:half, :half] = first
+    root[half:, half:] = second
+    root[:half, half:] = times_lower(corner, second.mT.contiguous()).neg_()
+    return root, failed
+
+
+def _middle(n: int) -> int:
+    """Where to cut: about the middle, at a multiple of 64 for large matrices."""
+    return (n // 2 + 63) // 64 * 64 if n > 128 else n // 2
+
+
+def _upper_gram(upper: Tensor) -> Tensor:
+    """``U Uᵀ`` for an upper triangular ``U``."""
+    n = upper.shape[0]
+    if n <= 2 * BLOCK_DIM:
+        return times_transposed(upper, upper)
+    half = _middle(n)
+    corner, second = upper[:half, half:].contiguous(), upper[half:, half:].contiguous()
+    result = upper.new_empty(n, n)
+    result[:half, :half] = _upper_gram(upper[:half, :half].contiguous()).add_(outer_gram(corner))
+    result[half:, half:] = _upper_gram(second)
+    result[:half, half:] = upper_times(second, corner).mT
+    result[half:, :half] = result[:half, half:].mT
+    return result

@@ -114,9 +114,15 @@ class Collector:
             return
         self._depth = 1
         self.forward_seen = True
-        self._settle()
+        if torch._C._current_graph_task_id() == -1:  # not while a checkpoint recomputes the model: gradients still come
+            self._settle()
         counts = (module.training or self.any_mode) and torch.is_grad_enabled() and not self.paused
-        self._pass = Pass() if counts else None
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel copies the model at every forward, and its hooks see only a part of the batch. Use "
+                "torch.nn.parallel.DistributedDataParallel (one process per device) or a single device."
+            )
+        self._pass = Pass() if counts and not _is_transformed() else None
 
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         current = self._pass
@@ -387,6 +393,12 @@ class _Watch:
         collector = self.collector()
         if collector is not None:
             collector.contradiction(self.logits, gradient.detach())
+
+
+def _is_transformed() -> bool:
+    """Inside ``torch.func`` transforms, tracing or exporting there is no batch of data to take statistics of."""
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+    return functorch or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

@@ -29,9 +29,10 @@ def by_number(state_dict: dict[str, Any], model: nn.Module | None, groups: list[
     parameters = [parameter for group in groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
     names: dict[str, int] = {}
+    whole: dict[str, int] = {}  # preferred: a part of the model may itself be called "module"
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in numbers:
-            names[_plain(name)] = numbers[id(parameter)]
+            names[_plain(name)] = whole[name] = numbers[id(parameter)]
     unknown = [key for key in keys if isinstance(key, str) and _plain(key) not in names]
     if unknown:
         raise ValueError(
@@ -40,7 +41,7 @@ def by_number(state_dict: dict[str, Any], model: nn.Module | None, groups: list[
         )
 
     def number(key: Any) -> Any:
-        return names[_plain(key)] if isinstance(key, str) else key
+        return whole.get(key, names.get(_plain(key))) if isinstance(key, str) else key
 
     saved_groups = {frozenset(map(number, g["params"])): g for g in state_dict["param_groups"]}
     ordered = []

@@ -86,7 +86,7 @@ def check_model(owner: str, model: object) -> nn.Module:
         TypeError: not a module, or ``nn.DataParallel``.
         ValueError: parameters that are not there yet, or sharded.
     """
-    if isinstance(model, nn.DataParallel):
+    if isinstance(model, nn.Module) and any(isinstance(module, nn.DataParallel) for module in model.modules()):
         raise TypeError(
             f"{owner}: nn.DataParallel copies the model at every forward and its hooks see only a part of the batch. "
             "Use torch.nn.parallel.DistributedDataParallel (one process per device) or a single device."

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kfac_opt import KFAC
 from tests.support import Lambda, bare_kfac, close, data, estimate, mlp, train_step
@@ -199,7 +200,7 @@ def test_a_layer_given_frozen_and_unfrozen_later_gets_curvature():
     gradient, before = model[0].weight.grad.clone(), model[0].weight.detach().clone()
     optimizer.step()
     assert torch.equal(gradient, model[0].weight.grad)
-    assert 0 < float((model[0].weight - before).norm()) <= 0.05 * float(before.norm()) * 1.01
+    assert 0 < float((model[0].weight.detach() - before).norm()) <= 0.05 * float(before.norm()) * 1.01
     assert list(optimizer.curvature) == ["0", "2"]
     assert torch.equal(kept, optimizer.curvature["2"].input_factor)
     train_step(optimizer, model, x, y)
@@ -221,3 +222,77 @@ def test_a_bias_unfrozen_later_joins_the_matrix_of_its_layer():
     train_step(optimizer, model, x, y)
     assert optimizer.curvature["0"].input_factor.shape == (5, 5)
     assert not torch.equal(before, model[0].bias)
+
+
+def test_transforms_of_torch_func_are_no_passes():
+    model, twin = mlp(), mlp()
+    optimizer, reference = bare_kfac(model), bare_kfac(twin)
+    x, y = data()
+    parameters = dict(model.named_parameters())
+
+    def loss(given: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, given, (one[None],)), label[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    assert each["0.weight"].shape == (8, 5, 4)
+    torch.func.jacrev(model)(x[0])
+    train_step(optimizer, model, x, y)
+    train_step(reference, twin, x, y)
+    assert torch.equal(optimizer.curvature["0"].to_dense(), reference.curvature["0"].to_dense())
+
+
+def test_exporting_and_tracing_leave_no_pass():
+    model, twin = mlp(), mlp()
+    optimizer, reference = bare_kfac(model), bare_kfac(twin)
+    x, y = data()
+    torch.jit.trace(model, x, check_trace=False)
+    train_step(optimizer, model, x, y)
+    train_step(reference, twin, x, y)
+    assert torch.equal(optimizer.curvature["0"].to_dense(), reference.curvature["0"].to_dense())
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_checkpointing_the_whole_model(fisher):
+    x, y = data()
+    blocks = []
+    for wrap in (False, True):
+        model = mlp()
+        optimizer = bare_kfac(model, fisher=fisher)
+        out = checkpoint(model, x, use_reentrant=False) if wrap else model(x)
+        F.cross_entropy(out, y).backward()
+        optimizer.step()
+        blocks.append(optimizer.curvature["0"].to_dense())
+    close(blocks[1], blocks[0])
+
+
+def test_names_of_a_part_that_is_called_module_are_told_apart():
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4))
+            self.module = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x) + x @ self.weight.T
+
+    model = Wrapper()
+    with pytest.warns(UserWarning, match="'weight'"):
+        optimizer = KFAC(model)
+    train_step(optimizer, model, *data(dtype=torch.float32))
+    saved = optimizer.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
+    optimizer.load_state_dict({"state": {names[i]: s for i, s in saved["state"].items()}, "param_groups": groups})
+    assert "diagonal" in optimizer.state[model.weight]["curvature"]
+    assert "input_factor" in optimizer.state[model.module.weight]["curvature"]
+
+
+def test_data_parallel_inside_or_around_the_model_is_refused():
+    with pytest.raises(TypeError, match="DistributedDataParallel"):
+        KFAC(nn.Sequential(nn.DataParallel(nn.Linear(4, 4)), nn.Linear(4, 3)))
+    model = mlp()
+    optimizer = KFAC(model)
+    replica = model._replicate_for_data_parallel()  # what nn.DataParallel calls, on one device per replica
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(data()[0])
+    train_step(optimizer, model, *data())

@@ -21,6 +21,7 @@ Outputs = Callable[[Any], Any]
 # batched matrix products lose (benchmarks.kfac_vi prints both).
 VMAP_MAX_BATCH = 16
 VMAP_CHUNK = 16
+DRAWS_AHEAD, DRAWS_AHEAD_BYTES = 8, 2**26
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,14 @@ class _Ensemble:
         return not self.model.training and _batch_size(self.inputs) <= VMAP_MAX_BATCH
 
     def _loop(self, number: int) -> Iterator[Tensor]:
-        for _ in range(number):
-            load_weights_(self.parameters, list(self.posterior.sample(self.generator).values()))
-            yield self._logits(_call(self.model, self.inputs))
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+        ahead = max(1, min(DRAWS_AHEAD, DRAWS_AHEAD_BYTES // size))
+        for start in range(0, number, ahead):
+            # A few at a time: the eigenbases are then read from the cache, which every forward empties.
+            draws = [list(self.posterior.sample(self.generator).values()) for _ in range(min(ahead, number - start))]
+            for draw in draws:
+                load_weights_(self.parameters, draw)
+                yield self._logits(_call(self.model, self.inputs))
 
     def _vmap(self, number: int) -> Tensor:
         """``[number, ...]``: outputs of ``number`` draws at once."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_opt.products import times_transposed
+
 
 @dataclass(frozen=True)
 class SpectralForm:
@@ -27,15 +29,26 @@ class SpectralForm:
 
     def rotate(self, matrix: Tensor) -> Tensor:
         """``Q_Gᵀ M Q_A``: into the eigenbasis."""
+        if matrix.dim() == 3 and matrix.shape[0] == 1:
+            matrix = matrix[0] if self.input_basis is None else times_transposed(matrix[0], self.input_basis[0].mT)
+            return (matrix if self.output_basis is None else self.output_basis[0].mT @ matrix).unsqueeze(0)
         if self.output_basis is not None:
             matrix = self.output_basis.mT @ matrix
         return matrix if self.input_basis is None else matrix @ self.input_basis
 
     def rotate_back(self, matrix: Tensor) -> Tensor:
         """``Q_G M Q_Aᵀ``: out of the eigenbasis."""
+        if matrix.dim() == 3 and matrix.shape[0] == 1:
+            return self._rotate_one_back(matrix[0]).unsqueeze(0)
         if self.output_basis is not None:
             matrix = self.output_basis @ matrix
         return matrix if self.input_basis is None else matrix @ self.input_basis.mT
+
+    def _rotate_one_back(self, matrix: Tensor) -> Tensor:
+        """The same for one matrix ``[out_dim, in_dim]``, where a faster product may exist."""
+        if self.input_basis is not None:
+            matrix = times_transposed(matrix, self.input_basis[0])
+        return matrix if self.output_basis is None else times_transposed(self.output_basis[0], matrix.mT)
 
     def solve(self, matrix: Tensor, damping: Tensor | float) -> Tensor:
         r"""``(F + γ I)⁻¹ vec M`` as a matrix; ``damping`` γ is broadcast against ``[groups, out_dim, in_dim]``."""

@@ -83,12 +83,16 @@ class GradientMean:
 
 
 def _all_finite(gradients: Sequence[Tensor]) -> bool:
-    """One read of the device. A norm is finite exactly when the entries are, unless their squares overflow."""
+    """One read of the device for all; a gradient whose squares overflow single precision counts as broken."""
     if not gradients:
         return True
-    norms = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients], ord=float("inf"))
+    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    norms: list[Tensor] = []
+    for dtype in {value.dtype for value in values}:
+        wide = torch.promote_types(dtype, torch.float32)
+        norms += torch._foreach_norm([value for value in values if value.dtype == dtype], dtype=wide)
     device = gradients[0].device
-    return bool(torch.isfinite(torch.stack([norm.to(device, torch.float32) for norm in norms])).all())
+    return bool(torch.isfinite(torch.stack([norm.to(device, torch.float64) for norm in norms])).all())
 
 
 @contextmanager

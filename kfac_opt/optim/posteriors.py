@@ -36,7 +36,7 @@ def build_posterior(
         raise RuntimeError(f"{owner}: there is no curvature yet. Call posterior() after a step of training.")
     names = parameter_names(model)
     random = [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
-    copies = [block.map(torch.clone) for block in blocks]
+    copies = [block.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)) for block in blocks]
     return Posterior.from_model(
         model, copies, width=width, names=random, likelihood=likelihood, seed=seed, num_data=num_data
     )

@@ -218,7 +218,7 @@ class Categorical(Likelihood):
     def gradient_scale(self, outputs: Tensor, gradients: Tensor) -> float | None:
         dim = self.dimension(outputs)
         p = torch.softmax(_wide(outputs.detach()), dim=dim).movedim(dim, -1)
-        g = gradients.to(p.dtype).movedim(dim, -1)
+        g = _in_front_of_log_softmax(outputs, gradients.to(p.dtype), dim).movedim(dim, -1)
         p, g = p.reshape(-1, p.shape[-1]), g.reshape(-1, p.shape[-1])
         used = g.abs().sum(-1) > 0  # masked terms have no gradient
         target = g.argmin(-1, keepdim=True)
@@ -228,9 +228,13 @@ class Categorical(Likelihood):
     def contradiction(self, outputs: Tensor, gradients: Tensor) -> str | None:
         dim = self.dimension(outputs)
         g = gradients.detach().to(torch.promote_types(gradients.dtype, torch.float32))
-        # A row whose label is certain has a gradient of rounding errors: it sums to nothing in particular.
+        g = _in_front_of_log_softmax(outputs, g, dim)
+        # A row whose label is certain has a gradient of rounding errors: it sums to nothing in particular. But only the
+        # label's entry is negative in it; two negative ones come from another loss on large outputs.
         unsure = torch.softmax(_wide(outputs.detach()), dim=dim).amax(dim) < 1 - UNSURE
-        total, size = (g.sum(dim).abs() * unsure).sum(), (g.abs().sum(dim) * unsure).sum()
+        negative = (g < -UNSURE * g.abs().amax(dim, keepdim=True)).sum(dim)
+        counts = unsure | (negative >= 2)
+        total, size = (g.sum(dim).abs() * counts).sum(), (g.abs().sum(dim) * counts).sum()
         if bool(size > 0) and bool(total > _slack(gradients.dtype) * size):
             return (
                 "the output gradient of a cross-entropy sums to zero over the classes, that of this loss does not "
@@ -426,6 +430,18 @@ def _signs(shape: list[int], outputs: Tensor, generator: torch.Generator | None)
 def _slack(dtype: torch.dtype) -> float:
     """Rounding that a row of output gradients may carry, relative to the sum of its entries."""
     return 0.1 if dtype in (torch.float16, torch.bfloat16) else 1e-2
+
+
+def _in_front_of_log_softmax(outputs: Tensor, gradients: Tensor, dim: int) -> Tensor:
+    """Gradients in the logits if the outputs are log-probabilities (a model that ends in ``log_softmax``), else as given.
+
+    A negative log-likelihood has ``-c y`` in log-probabilities where it has ``c (p - y)`` in the logits. The Fisher matrix
+    is the same: ``log_softmax`` does not change log-probabilities, and scores sum to zero.
+    """
+    dtype, outputs = outputs.dtype, _wide(outputs.detach())
+    if bool((torch.logsumexp(outputs, dim).abs() > _slack(dtype)).any()):
+        return gradients
+    return gradients - outputs.exp() * gradients.sum(dim, keepdim=True)
 
 
 def _fitted_scale(residual: Tensor, gradients: Tensor, dtype: torch.dtype) -> float | None:

@@ -267,7 +267,7 @@ class Collector:
     def _finite(self, current: Pass) -> bool:
         """One read of the device for all sums of the pass; a pass that is not finite is dropped and counted."""
         sums = [_probe(k, value) for statistics in current.statistics.values() for k, value in statistics.sums.items()]
-        sums += [g.sum().to(sums[0].dtype) for s in current.statistics.values() for _, gs, _ in s.examples for g in gs]
+        sums += [g.sum(dtype=sums[0].dtype) for s in current.statistics.values() for _, gs, _ in s.examples for g in gs]
         if sums and not bool(torch.isfinite(torch.stack([value.to(sums[0].device) for value in sums])).all()):
             self.dropped += 1
             return False

@@ -68,6 +68,8 @@ class CurvatureOptions:
                 f"{owner}: inverse_dtype must be None (as the factors), torch.bfloat16, torch.float32 or torch.float64, got "
                 f"{self.inverse_dtype}. Half precision (float16) overflows: inverses are as large as 1 / damping."
             )
+        if self.foreach is not None:
+            checks.check_switch(owner, "foreach", self.foreach)
         if self.outputs is not None and not callable(self.outputs):
             raise TypeError(f"{owner}: outputs must be a function of the model's output, got {self.outputs!r}")
 
@@ -92,6 +94,11 @@ class AttachedOptimizer(Optimizer):
         self._options = options
         self._likelihood = make_likelihood(options.likelihood)
         self._base_seed = 0
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"{owner}: generator must be a torch.Generator or None, got {generator!r}. For a seed pass "
+                "generator=torch.Generator().manual_seed(...)."
+            )
         if generator is not None:
             self._base_seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self._flat: set[str] = set()  # layers that turned out to be used through their weights only

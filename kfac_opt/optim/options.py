@@ -49,6 +49,11 @@ def check_count(owner: str, name: str, value: object, *, low: int = 1) -> None:
         raise ValueError(f"{owner}: {name} must be an integer >= {low}, got {value!r}")
 
 
+def check_switch(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
 # Keys that torch and its schedulers keep in a group beside the optimizer's own.
 FOREIGN_KEYS = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
 
@@ -77,6 +82,8 @@ def check_group(owner: str, group: Mapping[str, Any], *, zero_damping: bool) -> 
         if group[name] is not None:
             check_number(owner, name, group[name], low=0.0, open_low=True)
     check_choice(owner, "curvature", group["curvature"], CURVATURES)
+    for name in ("nesterov", "decoupled_weight_decay", "maximize"):
+        check_switch(owner, name, group.get(name, False))
 
 
 def check_model(owner: str, model: object) -> nn.Module:
@@ -95,6 +102,11 @@ def check_model(owner: str, model: object) -> nn.Module:
         raise TypeError(
             f"{owner}: the first argument must be the model (torch.nn.Module), got {type(model).__name__}. Call "
             f"{owner}(model, lr=...); parameters or groups go into the second argument, params."
+        )
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
+        raise ValueError(
+            f"{owner}: the model is sharded (FullyShardedDataParallel), and no rank holds a layer's weight as a whole. Use "
+            "DistributedDataParallel, or curvature on one device."
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):

@@ -340,13 +340,53 @@ def test_one_sigmoid_per_class_with_the_categorical_likelihood_is_noticed():
         lambda f, y: 1e-3 * F.cross_entropy(f, y),
         lambda f, y: F.kl_div(f.log_softmax(1), F.one_hot(y, 3).float() * 0.8 + 0.2 / 3, reduction="batchmean"),
         lambda f, y: F.cross_entropy(f, torch.where(torch.arange(8) < 3, -100, y)),
+        lambda f, y: F.cross_entropy(1e3 * f, y),
+        lambda f, y: F.cross_entropy(1e3 * f, y, label_smoothing=0.1),
     ],
-    ids=["mean", "sum", "smoothing", "class weights", "scaled", "soft labels", "ignored"],
+    ids=["mean", "sum", "smoothing", "class weights", "scaled", "soft labels", "ignored", "sharp", "sharp and smooth"],
 )
 def test_no_false_alarm_for_cross_entropies(loss, recwarn):
     x, y = data(dtype=torch.float32)
     fit(mlp(torch.float32), x, y, loss)
     assert [str(w.message) for w in recwarn] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_false_alarm_for_a_model_of_log_probabilities(dtype, recwarn):
+    x, y = data(dtype=dtype)
+    fit(nn.Sequential(mlp(dtype), nn.LogSoftmax(1)), x, y, F.nll_loss)
+    assert [str(w.message) for w in recwarn] == []
+
+
+def test_regression_with_large_outputs_is_noticed_too():
+    x, _ = data(dtype=torch.float32)
+    model = mlp(torch.float32)
+    with torch.no_grad():
+        model[2].weight.mul_(1000.0)
+    assert float(model(x).detach().softmax(1).amax(1).min()) > 0.999
+    with pytest.warns(UserWarning, match="likelihood"):
+        fit(model, x, torch.randn(8, 3), F.mse_loss)
+
+
+@pytest.mark.parametrize("name", ["nesterov", "maximize", "decoupled_weight_decay", "foreach"])
+def test_a_switch_is_true_or_false(name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'yes'"):
+        KFAC(mlp(), **{name: "yes"})
+
+
+def test_a_seed_where_the_generator_belongs():
+    with pytest.raises(TypeError, match="generator must be a torch.Generator.*manual_seed"):
+        KFAC(mlp(), generator=3)
+
+
+def test_a_model_that_another_wrapper_shards_is_refused():
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._fsdp_wrapped_module = mlp()  # the name that FullyShardedDataParallel gives to what it wraps
+
+    with pytest.raises(ValueError, match="FullyShardedDataParallel"):
+        KFAC(nn.Sequential(Wrapper()))
 
 
 def test_no_false_alarm_for_the_other_likelihoods(recwarn):

@@ -398,7 +398,8 @@ class _Watch:
 def _is_transformed() -> bool:
     """Inside ``torch.func`` transforms, tracing or exporting there is no batch of data to take statistics of."""
     functorch = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-    return functorch or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return functorch or bool(tracing) or torch.compiler.is_compiling()
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

@@ -375,7 +375,7 @@ def test_a_switch_is_true_or_false(name):
 
 
 def test_a_seed_where_the_generator_belongs():
-    with pytest.raises(TypeError, match="generator must be a torch.Generator.*manual_seed"):
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator.*manual_seed"):
         KFAC(mlp(), generator=3)
 
 

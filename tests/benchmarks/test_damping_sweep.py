@@ -1,0 +1,452 @@
+"""The damping sweep: trials are results whatever happens, and no finished one is lost or run twice."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from benchmarks import damping_sweep
+from benchmarks.common.config import ConfigError, load_config
+from benchmarks.common.search import SearchRange
+from benchmarks.common.tasks import Task
+from benchmarks.damping.config import HistogramConfig, OptimizerSettings, Setting, SweepConfig
+from benchmarks.damping.results import COLUMNS, keep_best, load_rows, measure_speed, summarize
+from benchmarks.damping.spectra import factored_extremes
+from benchmarks.damping.study import RESULT, open_storage, open_studies, place_of, work
+from benchmarks.damping.trial import squared_gradient_histogram, train_trial
+from benchmarks.damping.workers import run_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "name": "tiny",
+    "task": {
+        "data": {"name": "digits", "num_train": 128, "num_test": 64, "flatten": True},
+        "model": {"name": "deep_linear", "in_dim": 64, "out_dim": 10, "width": 8, "num_layers": 2},
+        "steps": 12,
+        "batch_size": 32,
+        "eval_interval": 6,
+    },
+    "dampings": [1e-2, 1.0],
+    "optimizers": {"sgd": {}, "kfac": {"fixed": {"damping_scale": "absolute", "inverse_interval": 10}}},
+    "search": {
+        "lr": {"low": 1e-3, "high": 1.0, "log": True},
+        "lr_decay": {"low": 0.0, "high": 1.0},
+        "momentum": {"low": 0.0, "high": 0.9},
+    },
+    "num_trials": 4,
+    "num_kept": 2,
+    "num_startup": 2,
+    "num_spectra": 1,
+    "read_interval": 3,
+    "histogram": {"interval": 6, "dampings": [1e-2, 1.0]},
+    "heartbeat_seconds": 1,
+    "grace_seconds": 2,
+}
+
+
+def tiny(tmp_path: Path, **changes) -> SweepConfig:
+    return load_config(SweepConfig, None, [*TINY.items(), ("out", tmp_path), *changes.items()])
+
+
+def trials_of(config: SweepConfig) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    return {study.setting.key: study.study.get_trials(deepcopy=False) for study in open_studies(config)}
+
+
+def outcome(config: SweepConfig) -> dict[str, list[tuple]]:
+    """Values, parameters and training seeds of the finished trials, in the order of the search."""
+    return {
+        study.setting.key: sorted(
+            (place_of(study.study, t.number), t.value, sorted(t.params.items()), t.user_attrs[RESULT]["training_seed"])
+            for t in study.finished()
+        )
+        for study in open_studies(config)
+    }
+
+
+# -- the whole sweep --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepConfig, Path]:
+    folder = tmp_path_factory.mktemp("sweep")
+    path = folder / "tiny.json"  # JSON is YAML
+    path.write_text(json.dumps(TINY))
+    page = damping_sweep.main(["--config", str(path), "--out", str(folder), "--keep", str(folder / "kept")])
+    return tiny(folder), page
+
+
+def test_a_sweep_writes_page_pictures_table_summary_and_tensorboard(finished):
+    config, page = finished
+    folder = config.folder
+    for stem in ("learning_curves", "final_loss", "best_values", "gradients", "eigenvalues"):
+        assert (folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG"), stem
+    assert page.read_text().count("<img") == 5
+    assert {path.name for path in (folder / "tensorboard").iterdir()} == {"sgd", "kfac-1e-02", "kfac-1e+00"}
+    with (folder / "trials.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 3 * 4
+    assert tuple(table[0]) == COLUMNS
+    summary = json.loads((folder.parent / "kept" / "summary.json").read_text())
+    assert summary["config"]["num_trials"] == 4
+    assert "torch" in summary["versions"]
+    assert str(folder) not in json.dumps(summary), "paths of the machine were stored with the results"
+
+
+def test_a_finished_sweep_runs_nothing_again(finished):
+    config, _ = finished
+    before = {key: [t.number for t in trials] for key, trials in trials_of(config).items()}
+    assert run_sweep(config).trials == 0
+    assert {key: [t.number for t in trials] for key, trials in trials_of(config).items()} == before
+    assert all(len(numbers) == 4 for numbers in before.values())
+
+
+def test_the_summary_averages_the_kept_trials(finished):
+    config, _ = finished
+    rows = load_rows(config)
+    for summary in summarize(config, rows):
+        kept = keep_best(config, rows[summary.setting])
+        assert summary.num_kept == len(kept) == 2
+        losses = sorted(row.final_loss for row in rows[summary.setting] if not row.diverged)
+        assert summary.final_losses == losses[:2]
+        mean = sum(row.result["curve"][0] for row in kept) / 2
+        assert summary.curve[0] == pytest.approx(mean)
+        counts = summary.histograms["6"]["1"]
+        assert sum(counts) == 2 * (64 * 8 + 8)  # entries of the first layer in two trials
+
+
+def test_the_time_of_the_trials_is_shared_out_completely(finished):
+    speed = measure_speed(load_rows(finished[0]))
+    assert speed.num_trials == 12
+    assert speed.compute_share + speed.evaluation_share + speed.other_share == pytest.approx(1.0)
+    assert min(speed.compute_share, speed.evaluation_share, speed.other_share) > 0
+
+
+def test_a_larger_budget_goes_on_where_the_smaller_one_ended(finished, tmp_path: Path):
+    config, _ = finished
+    shutil.copytree(config.folder, tmp_path / "tiny")
+    before = outcome(config)
+    larger = dataclasses.replace(config, out=tmp_path, num_trials=5)
+    assert run_sweep(larger).trials == 3
+    assert {key: trials[:4] for key, trials in outcome(larger).items()} == before
+
+
+def test_the_same_seed_gives_the_same_trials_and_another_seed_others(finished, tmp_path: Path):
+    config, _ = finished
+    again = dataclasses.replace(config, out=tmp_path / "again")
+    run_sweep(again)
+    assert outcome(again) == outcome(config)
+    other = dataclasses.replace(config, out=tmp_path / "other", seed=7)
+    run_sweep(other)
+    assert outcome(other) != outcome(config)
+
+
+def test_trial_k_has_the_same_weights_and_random_values_at_every_damping(finished):
+    trials = outcome(finished[0])
+    startup = [[(params, seed) for _, _, params, seed in group[:2]] for group in trials.values()]
+    assert startup[0] == startup[1] == startup[2]
+
+
+# -- a trial ----------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_diverges_is_a_result_with_its_step(tmp_path: Path):
+    config = tiny(tmp_path)
+    values = {"lr": 1e6, "lr_decay": 0.0, "momentum": 0.0}
+    result = train_trial(config, Task(config.task), Setting("sgd"), values, 0)
+    assert result.diverged
+    assert result.diverged_step is not None
+    assert result.diverged_step <= config.task.steps
+    assert result.final_loss == math.inf
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["final_loss"] is None
+
+
+def test_diverged_trials_are_counted_and_kept_out_of_the_mean(tmp_path: Path):
+    config = tiny(tmp_path, search={**TINY["search"], "lr": {"low": 1e5, "high": 1e6}}, dampings=[1.0], num_spectra=0)
+    config = dataclasses.replace(config, optimizers={"sgd": OptimizerSettings()})
+    run_sweep(config)
+    (summary,) = summarize(config, load_rows(config))
+    assert summary.num_finished == summary.num_diverged == 4
+    assert summary.num_kept == 0
+    assert summary.curve == []
+    assert math.isnan(summary.mean_final_loss)
+    report = damping_sweep.make_report(config, "tiny")
+    assert "4 (100 %)" in report.section.tables[0].rows[0]
+
+
+def test_a_bug_in_training_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    config = tiny(tmp_path)
+    monkeypatch.setattr(torch.optim.SGD, "step", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_trial(config, Task(config.task), Setting("sgd"), {"lr": 0.1, "lr_decay": 0.0, "momentum": 0.0}, 0)
+
+
+def test_the_learning_rate_decays_linearly_by_the_share_that_was_searched(tmp_path: Path, monkeypatch):
+    config, rates = tiny(tmp_path), []
+    original = torch.optim.SGD.step
+
+    def spy(self, closure=None):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, closure)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    train_trial(config, Task(config.task), Setting("sgd"), {"lr": 0.4, "lr_decay": 0.5, "momentum": 0.0}, 0)
+    assert rates == pytest.approx([0.4 * (1 - 0.5 * step / 12) for step in range(12)])
+
+
+def test_the_histogram_of_squared_gradients_has_fixed_bins_and_a_bin_of_exact_zeros():
+    config = HistogramConfig(low=-4.0, high=2.0, width=1.0)
+    # squares 1e-60 (below), 1e-3.5, 1e-0.5 twice, 1e4 (above): bins 0, 0, 3, 3, 5
+    gradients = [torch.tensor([0.0, 1e-30, 10**-1.75]), torch.tensor([[10**-0.25, -(10**-0.25)], [1e2, 0.0]])]
+    assert squared_gradient_histogram(gradients, config) == [0, 2, 2, 0, 0, 2, 0, 1]
+    assert squared_gradient_histogram([torch.zeros(3)], config) == [0, 3]
+
+
+def test_extreme_eigenvalues_are_those_of_the_dense_damped_block():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    g = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    inputs, outputs, damping = a @ a.T, g @ g.T, 0.3
+    pi = ((inputs.trace() / 4) / (outputs.trace() / 3)).sqrt()
+    left = inputs + pi * damping**0.5 * torch.eye(4, dtype=torch.float64)
+    right = outputs + damping**0.5 / pi * torch.eye(3, dtype=torch.float64)
+    values = torch.linalg.eigvalsh(torch.kron(left, right))
+    found = factored_extremes(inputs, outputs, damping)
+    assert found.smallest == pytest.approx(float(values[0]), rel=1e-10)
+    assert found.condition == pytest.approx(float(values[-1] / values[0]), rel=1e-10)
+    assert found.undamped_smallest == pytest.approx(0.0, abs=1e-12)  # the input factor has rank 3 of 4
+
+
+# -- killed and resumed -----------------------------------------------------------------------------------------
+
+SLOW = ("--task.steps", "400", "--num_trials", "6", "--num_kept", "2", "--dampings", "[1.0]", "--num_spectra", "0")
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return [sys.executable, "-m", "benchmarks.damping_sweep", "--config", str(path), "--out", str(folder), *SLOW, *more]
+
+
+def slow(folder: Path, **changes) -> SweepConfig:
+    config = tiny(folder, num_trials=6, num_kept=2, dampings=[1.0], num_spectra=0, **changes)
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, steps=400))
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def wait_for_finished(config: SweepConfig, number: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (config.folder / "trials.sqlite3").is_file():
+            trials = [t for group in trials_of(config).values() for t in group]
+            running = any(t.state == TrialState.RUNNING for t in trials)
+            if sum(t.state == TrialState.COMPLETE for t in trials) >= number and running:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the sweep did not get to the middle")
+
+
+@pytest.mark.multiprocess
+def test_a_sweep_killed_in_the_middle_resumes_without_losing_or_repeating_a_trial(tmp_path: Path):
+    config = slow(tmp_path)
+    process = start(command(tmp_path))
+    wait_for_finished(config, 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = outcome(config)
+    assert 4 <= sum(map(len, before.values())) < 12
+    assert subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, check=False).returncode == 0
+    after = outcome(config)
+    assert all(len(trials) == 6 for trials in after.values())
+    assert all(trial in after[key] for key, trials in before.items() for trial in trials), "a finished trial was lost"
+    dead = [t for group in trials_of(config).values() for t in group if t.state == TrialState.FAIL]
+    assert dead, "the trial that was killed is not marked as failed"
+    # With one worker the killed sweep goes on as it would have gone on.
+    whole = slow(tmp_path / "whole")
+    run_sweep(whole)
+    assert outcome(whole) == after
+
+
+@pytest.mark.multiprocess
+def test_two_workers_share_a_study_and_survive_the_death_of_one(tmp_path: Path):
+    config = slow(tmp_path)
+    first, second = start(command(tmp_path)), None
+    try:
+        wait_for_finished(config, 1, first)
+        second = start(command(tmp_path))
+        wait_for_finished(config, 3, first)
+        os.killpg(first.pid, signal.SIGKILL)
+        assert second.wait(timeout=240) == 0
+    finally:
+        for process in (first, second):
+            if process is not None and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    for key, trials in trials_of(config).items():
+        complete = [t for t in trials if t.state == TrialState.COMPLETE]
+        assert len(complete) == 6, key
+        drawn = [tuple(sorted(t.params.items())) for t in complete]
+        assert len(set(drawn)) == 6, "two workers ran the same trial"
+
+
+@pytest.mark.multiprocess
+def test_several_workers_of_one_command_spend_the_budget_exactly(tmp_path: Path):
+    config = tiny(tmp_path, workers=2)
+    assert run_sweep(config).trials == 12
+    assert all(len(trials) == 4 for trials in outcome(config).values())
+
+
+def test_a_journal_file_works_as_storage(tmp_path: Path):
+    config = tiny(tmp_path, storage=str(tmp_path / "sweep.journal"), dampings=[1.0])
+    run_sweep(config)
+    assert (tmp_path / "sweep.journal").stat().st_size > 0
+    assert all(len(trials) == 4 for trials in outcome(config).values())
+
+
+# -- PostgreSQL -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def postgres_url(tmp_path: Path):
+    """A PostgreSQL server of its own; its programs may lie outside PATH."""
+    pytest.importorskip("psycopg2", reason="the driver psycopg2 is not installed")
+    candidates = [shutil.which("initdb"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    found = next((path for path in candidates if path), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (no initdb)")
+    programs, folder = Path(found).resolve().parent, tmp_path / "postgres"
+    user: dict = {}
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # the server refuses to run as root
+        import pwd
+
+        owner = pwd.getpwnam("postgres") if "postgres" in {entry.pw_name for entry in pwd.getpwall()} else None
+        if owner is None:
+            pytest.skip("PostgreSQL does not run as root and there is no user 'postgres'")
+        user = {"user": owner.pw_uid, "group": owner.pw_gid}
+        folder = Path("/tmp") / f"kfac-opt-postgres-{os.getpid()}"
+        folder.mkdir()
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+    else:
+        folder.mkdir()
+    data, port = folder / "data", 20000 + os.getpid() % 20000
+    run = {"cwd": folder, "check": True, "capture_output": True, **user}
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "tester"], **run)
+    control = [programs / "pg_ctl", "-D", data, "-w"]
+    subprocess.run([*control, "-l", folder / "log", "-o", options, "start"], **{**run, "capture_output": False})
+    try:
+        yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], **run)
+        if user:
+            shutil.rmtree(folder)
+
+
+@pytest.mark.multiprocess
+def test_a_sweep_runs_in_postgresql_and_goes_on_after_a_worker_was_killed(tmp_path: Path, postgres_url: str):
+    config = slow(tmp_path, storage=postgres_url)
+    open_studies(config)
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=work, args=(config, "cpu"))
+    worker.start()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and sum(map(len, outcome(config).values())) < 2:
+        time.sleep(0.1)
+    worker.kill()
+    worker.join()
+    before = outcome(config)
+    assert 2 <= sum(map(len, before.values())) < 12
+    run_sweep(config)
+    after = outcome(config)
+    assert all(len(trials) == 6 for trials in after.values())
+    assert all(trial in after[key] for key, trials in before.items() for trial in trials)
+
+
+def test_a_database_that_cannot_be_reached_is_named_without_its_password(tmp_path: Path):
+    pytest.importorskip("psycopg2")
+    config = tiny(tmp_path, storage="postgresql+psycopg2://me:secret@127.0.0.1:1/none")
+    with pytest.raises(ConfigError, match="key 'storage'") as caught:
+        open_storage(config)
+    assert "me@127.0.0.1:1/none" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+# -- configs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "damping_sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_holds_the_search_the_study_asks_for(path: Path):
+    config = load_config(SweepConfig, path)
+    assert config.settings()[0].damping is None
+    assert set(config.search) == {"lr", "lr_decay", "momentum"}
+    if path.stem in ("digits", "mnist"):
+        assert (config.num_trials, config.num_kept) == (300, 100)
+        assert sorted(config.dampings) == pytest.approx([10.0**power for power in range(-5, 3)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_trails", 3, "unknown key 'num_trails'.*Did you mean 'num_trials'"),
+        ("dampings", [0.0], "key 'dampings' must hold numbers > 0, got 0"),
+        ("dampings", [1.0, 1.0], "different numbers"),
+        ("num_kept", 5, r"num_kept must be at most num_trials \(4\), got 5"),
+        ("num_trials", 0, "num_trials must be >= 1, got 0"),
+        ("grace_seconds", 1, "grace_seconds must be above heartbeat_seconds, got 1 and 1"),
+        ("divergence_factor", 1.0, "divergence_factor must be > 1"),
+        ("optimizers", {"sgd": {}, "kfak": {}}, "unknown optimizer 'kfak'; allowed: .*kfac"),
+        ("optimizers", {}, "key 'optimizers' must name at least one"),
+        ("without_damping", [], "key 'without_damping' must name 'sgd', which has no damping"),
+        ("without_damping", ["sgd", "adam"], "key 'without_damping' names 'adam'"),
+        ("search", {"lr": {"low": 0.1, "high": 1.0}}, "key 'search.lr_decay' is missing"),
+        ("search", {**TINY["search"], "beta": {"low": 0.1, "high": 1.0}}, "unknown key 'search.beta'"),
+        ("histogram", {"interval": 0}, "histogram: interval must be >= 1, got 0"),
+        ("histogram", {"low": 3.0, "high": 2.0}, "need low < high"),
+    ],
+)
+def test_a_bad_config_names_the_key_and_what_is_allowed(tmp_path: Path, key: str, value, message: str):
+    with pytest.raises(ConfigError, match=message):
+        tiny(tmp_path, **{key: value})
+
+
+def test_another_range_is_another_study_and_a_larger_budget_is_not(tmp_path: Path):
+    config, setting = tiny(tmp_path), Setting("kfac", 1.0)
+    wider = dataclasses.replace(config, search={**config.search, "lr": SearchRange(1e-4, 1.0, log=True)})
+    assert wider.study_name(setting) != config.study_name(setting)
+    assert dataclasses.replace(config, num_trials=100).study_name(setting) == config.study_name(setting)
+    assert dataclasses.replace(config, workers=3).study_name(setting) == config.study_name(setting)
+
+
+def test_variants_of_one_optimizer_stand_side_by_side(tmp_path: Path):
+    variants = {"kfac": {}, "relative": {"kind": "kfac", "fixed": {"damping_scale": "relative"}}}
+    config = tiny(tmp_path, optimizers=variants, without_damping=[])
+    keys = [setting.key for setting in config.settings()]
+    assert keys == ["kfac-1e-02", "kfac-1e+00", "relative-1e-02", "relative-1e+00"]
+    assert len({config.study_name(setting) for setting in config.settings()}) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = train_trial(
+            config, Task(config.task), config.settings()[2], {"lr": 0.1, "lr_decay": 0.0, "momentum": 0.5}, 0
+        )
+    assert not result.diverged

@@ -80,7 +80,7 @@ def check_saved(
     if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
         return  # torch says so
     for number, (given, own) in enumerate(zip(saved["param_groups"], groups)):
-        missing = sorted(set(options) - set(given))
+        missing = sorted(set(options) & set(own) - set(given))  # torch adds to its defaults, but not to the groups
         if missing:
             raise ValueError(
                 f"load_state_dict: parameter group {number} of the saved state has no {missing}: it was not saved by "

@@ -377,6 +377,18 @@ def test_copying_between_backward_and_step_leaves_the_original_as_it_was():
     assert_same(optimizer.state_dict(), alone.state_dict())
 
 
+def test_a_state_can_be_loaded_twice():
+    model = mlp(torch.float32)
+    optimizer = KFAC(model, model.named_parameters())
+    train_step(optimizer, model, *data(dtype=torch.float32))
+    for _ in range(2):
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+        train_step(optimizer, model, *data(dtype=torch.float32))
+
+
 def test_the_state_of_another_optimizer_is_refused_before_anything_changes():
     model = mlp(torch.float32)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -13,8 +13,8 @@ Blocks = Literal["full", "layer_wise"]
 
 DENSE_LIMIT = 5000
 """Largest matrix that is written out without being asked for."""
-EXPECTED_PRODUCTS = 100
-"""Products over which the cost of building is spread: half of a spectral density."""
+EXPECTED_PRODUCTS = 200
+"""Products over which the cost of building is spread: one spectral density."""
 BYTE_COST = 0.1
 """Nanoseconds to read a byte: 10 GB/s, one CPU thread."""
 MAC_COST = 0.04
@@ -45,7 +45,7 @@ class Plan:
 
 
 def make_plan(source: FisherSource, blocks: Blocks, forced: RouteName | None) -> Plan:
-    """The route with the least estimated time for about 100 products among those that fit, or the forced one.
+    """The route with the least estimated time for about 200 products among those that fit, or the forced one.
 
     Raises:
         ValueError: the forced route needs more memory than the limit allows.
@@ -67,6 +67,8 @@ def make_plan(source: FisherSource, blocks: Blocks, forced: RouteName | None) ->
     if costs.largest > DENSE_LIMIT:
         fitting.pop("dense", None)
     best = min(fitting, key=lambda name: fitting[name])
+    if "dense" in fitting and fitting["dense"] <= 2.0 * fitting[best]:
+        best = "dense"  # eigenvalues and eigenvectors come without building anything further
     others = ", ".join(f"{name} {time / 1e9:.2g} s" for name, time in times.items() if name != best)
     reason = (
         f"estimated {fitting[best] / 1e9:.2g} s for {EXPECTED_PRODUCTS} products, keeps {readable(needed[best])} of "

@@ -158,7 +158,7 @@ class Collector:
     def _take_input(self, current: Pass, name: str, call: Call) -> None:
         block = self._due[name].block
         statistics = current.statistics.setdefault(name, Statistics())
-        with torch.no_grad(), _full_precision(call.x.device):
+        with torch.no_grad(), full_precision(call.x.device):
             block.add_input(statistics, call)
         batch, shared = call.positions
         if block.sharing == "reduce":
@@ -229,7 +229,7 @@ class Collector:
             mask=mask,
             generator=generator,
         )
-        with _full_precision(logits.device):
+        with full_precision(logits.device):
             for column in columns:
                 found = self._gradients(logits, targets, column)
                 with torch.no_grad():
@@ -288,7 +288,7 @@ class Collector:
                 waiting.append(current)
                 continue
             assert current.logits is not None
-            with torch.no_grad(), _full_precision(current.logits.device):
+            with torch.no_grad(), full_precision(current.logits.device):
                 for name, gradients in current.gradients.items():
                     if name in self._due:
                         self._add_output(current, name, gradients)
@@ -402,7 +402,7 @@ def _is_transformed() -> bool:
     return functorch or bool(tracing) or torch.compiler.is_compiling()
 
 
-def _full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> torch.autocast:
     """Factor arithmetic happens outside the user's autocast."""
     return torch.autocast(device.type, enabled=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_opt.curvature.collector import full_precision
 from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.attached import AttachedOptimizer
@@ -39,7 +40,7 @@ class CurvatureOptimizer(AttachedOptimizer):
         self._require_model()
         self._refuse_step()
         loss = self._evaluate(closure) if closure is not None else None
-        with torch.no_grad():
+        with torch.no_grad(), self._outside_autocast():
             self._refuse_written()
             self._advance_curvature()
             self._trust_region_scales = {}
@@ -74,15 +75,20 @@ class CurvatureOptimizer(AttachedOptimizer):
         self._require_model()
         self._refuse_step()
         self._refuse_written()
-        self._advance_curvature()
-        self._written = []
-        for number, group in enumerate(self.param_groups):
-            found = self._directions(number, group, raw=True)
-            for parameter, direction in zip(found.parameters, found.directions):
-                assert parameter.grad is not None
-                parameter.grad.copy_(direction)
-                self._written.append((weakref.ref(parameter.grad), parameter.grad._version))
+        with self._outside_autocast():
+            self._advance_curvature()
+            self._written = []
+            for number, group in enumerate(self.param_groups):
+                found = self._directions(number, group, raw=True)
+                for parameter, direction in zip(found.parameters, found.directions):
+                    assert parameter.grad is not None
+                    parameter.grad.copy_(direction)
+                    self._written.append((weakref.ref(parameter.grad), parameter.grad._version))
         self._arm()
+
+    def _outside_autocast(self) -> torch.autocast:
+        """A loop may call ``step()`` inside its autocast block, where products of matrices are cast down."""
+        return full_precision(next(p for group in self.param_groups for p in group["params"]).device)
 
     def _refuse_written(self) -> None:
         for reference, version in self._written:

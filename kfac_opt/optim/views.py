@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import CurvatureBlock, Damping, State
+from kfac_opt.curvature.collector import full_precision
 from kfac_opt.curvature.diagonal import DiagonalBlock
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.curvature.spectral import SpectralForm
@@ -72,7 +73,9 @@ class CurvatureView:
 
     def to_dense(self) -> Tensor:
         """The whole Fisher block ``[out·in, out·in]``, column-stacking vec of the ``[out_dim, in_dim]`` matrix."""
-        return self.block.to_dense(self._state())
+        state = self._state()
+        with full_precision(state["scale"].device):
+            return self.block.to_dense(state)
 
     def spectral_form(self) -> SpectralForm:
         """Eigenbases and eigenvalues of the block."""
@@ -97,7 +100,8 @@ class CurvatureView:
                 f"[out_dim, in_dim] = {list(shape)} (bias as the last column)."
             )
         grouped = matrix.to(self.block.dtype).reshape(self.block.layout.shape)
-        return self.block.precondition(state, grouped, self._get_damping()).reshape(matrix.shape)
+        with full_precision(matrix.device):
+            return self.block.precondition(state, grouped, self._get_damping()).reshape(matrix.shape)
 
     def __repr__(self) -> str:
         return f"CurvatureView({self.name!r}, {type(self.block).__name__}, {list(self.block.layout.whole_shape)})"

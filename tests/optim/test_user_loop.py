@@ -502,6 +502,24 @@ def test_autocast_in_bfloat16_trains_with_float32_state(network, curvature):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis"])
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_step_inside_the_autocast_block_is_a_step_outside(curvature, fisher):
+    runs = []
+    for inside in (False, True):
+        model, (x, y) = mlp(torch.float32), data(dtype=torch.float32)
+        optimizer = KFAC(model, curvature=curvature, fisher=fisher)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+                optimizer.step()
+                view = optimizer.curvature["0"]
+                seen = [view.to_dense(), view.precondition(torch.ones(5, 5))]
+        runs.append([*weights(model).values(), *seen])
+    assert_same(*runs)
+
+
 def test_autocast_factors_agree_with_float32_to_bfloat16_rounding():
     x, _ = data(dtype=torch.float32)
     blocks = []

@@ -324,6 +324,12 @@ class Bernoulli(_PerExample):
         return _fitted_scale(residual[used], g[used], gradients.dtype)
 
     def contradiction(self, outputs: Tensor, gradients: Tensor) -> str | None:
+        f, g = _wide(outputs.detach()).flatten(), gradients.to(torch.promote_types(gradients.dtype, torch.float32)).flatten()
+        if bool(((f > 0) & (f < 1)).all()) and self.gradient_scale(outputs, gradients) is None:
+            used = g != 0
+            residual = torch.where(g < 0, -1 / f, 1 / (1 - f))  # of the loss in probabilities
+            if _fitted_scale(residual[used], g[used], gradients.dtype) is not None:
+                return "the outputs are probabilities; return logits and use the loss with logits"
         return _softmax_like(outputs, gradients)
 
 

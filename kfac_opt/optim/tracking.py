@@ -16,6 +16,9 @@ from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
 
 
+USER_LINE = 7  # frames between a warning and the call of the optimizer's constructor
+
+
 @dataclass
 class TrackedBlock:
     """A block, its parameters, its name (of the layer or of the parameter) and its parameter group."""
@@ -147,11 +150,12 @@ def _announce(owner: str, alone: list[str], tracked: dict[str, TrackedBlock]) ->
         warnings.warn(
             f"{owner}: no layer adapter covers {', '.join(repr(name) for name in alone)}; diagonal curvature "
             "(Gauss-Newton-Bartlett) is used there. register_layer adds adapters.",
-            stacklevel=4,
+            stacklevel=USER_LINE,
         )
     if sides:
         warnings.warn(
-            f"{owner}: larger than max_factor_dim, so that a diagonal factor is used: {', '.join(sides)}.", stacklevel=4
+            f"{owner}: larger than max_factor_dim, so that a diagonal factor is used: {', '.join(sides)}.",
+            stacklevel=USER_LINE,
         )
 
 

@@ -368,6 +368,20 @@ def test_regression_with_large_outputs_is_noticed_too():
         fit(model, x, torch.randn(8, 3), F.mse_loss)
 
 
+def test_probabilities_where_the_logits_belong_are_noticed():
+    x, y = data(16, dtype=torch.float32)
+    model = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    with pytest.warns(UserWarning, match="likelihood 'bernoulli'.*probabilities; return logits"):
+        fit(model, x, (y[:, None] > 0).float(), F.binary_cross_entropy, likelihood="bernoulli")
+
+
+def test_warnings_point_at_the_line_that_builds_the_optimizer():
+    model = nn.Sequential(nn.Linear(4, 3), nn.PReLU())
+    with pytest.warns(UserWarning, match="'1.weight'") as caught:
+        KFAC(model)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize("name", ["nesterov", "maximize", "decoupled_weight_decay", "foreach"])
 def test_a_switch_is_true_or_false(name):
     with pytest.raises(ValueError, match=f"{name} must be True or False, got 'yes'"):

@@ -15,7 +15,6 @@ from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
 
-
 USER_LINE = 7  # frames between a warning and the call of the optimizer's constructor
 
 

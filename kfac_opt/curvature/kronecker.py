@@ -2,6 +2,7 @@ r"""Kronecker-factored blocks, :math:`F \approx A \otimes G` (Martens & Grosse 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -172,13 +173,33 @@ class KroneckerBlock(CurvatureBlock):
         Raises:
             FactorizationError: when it failed ``MAX_FAILURES`` times in a row, or there is no old inverse.
         """
+        work = self.refresh_work(state, damping)
+        if work is not None:
+            self.finish_refresh(state, work, int(state["estimates"]), damping)
+
+    def refresh_work(self, state: State, damping: Damping, *, detached: bool = False) -> Callable[[], State] | None:
+        """What computes the new inverses or bases; None where there is nothing to do.
+
+        ``detached``: from copies of the factors as they are now, so that it can run while they go on.
+        """
         if not super().ready(state):
-            return
+            return None
         if self.in_basis and torch.equal(state["refreshed_estimates"], state["estimates"]):
-            return  # bases do not depend on the damping, and the factors have not moved
-        factors = {side: self.factor(state, side) for side in SIDES}
+            return None  # bases do not depend on the damping, and the factors have not moved
+        names = [*(f"{side}_factor" for side in SIDES), "weight"]
+        given = {name: state[name].clone() if detached else state[name] for name in names}
+        gamma = damping.of(state)
+
+        def work() -> State:
+            factors = {side: self.factor(given, side) for side in SIDES}
+            return self._bases(factors) if self.in_basis else self._inverses(factors, gamma)
+
+        return work
+
+    def finish_refresh(self, state: State, work: Callable[[], State], estimates: int, damping: Damping) -> None:
+        """Puts the result of ``work`` in force; ``estimates`` is their number in the factors that it used."""
         try:
-            new = self._bases(factors) if self.in_basis else self._inverses(state, factors, damping)
+            new = work()
         except FactorizationError as error:
             state["failures"] += 1
             if int(state["failures"]) >= MAX_FAILURES or not self.ready(state):
@@ -189,7 +210,7 @@ class KroneckerBlock(CurvatureBlock):
             return
         self._install(state, new)
         state["failures"].zero_()
-        state["refreshed_estimates"].copy_(state["estimates"])
+        state["refreshed_estimates"].fill_(estimates)
         state["refreshes"] += 1
 
     def _install(self, state: State, new: State) -> None:
@@ -204,9 +225,9 @@ class KroneckerBlock(CurvatureBlock):
         pi = pi_correction(means["input"], means["output"])
         return {"input": pi * gamma.sqrt(), "output": gamma.sqrt() / pi}
 
-    def _inverses(self, state: State, factors: State, damping: Damping) -> State:
+    def _inverses(self, factors: State, gamma: Tensor) -> State:
         means = {side: mean_diagonal(f) if self.dense_sides[side] else f.mean(-1) for side, f in factors.items()}
-        splits = self._splits(means, damping.of(state))
+        splits = self._splits(means, gamma)
         inverses: State = {}
         # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
         # factor must not shrink it (a saturated softmax has G = 0 and a gradient).

@@ -39,8 +39,10 @@ class ConvAdapter(LayerAdapter):
         module = self.module
         channels = x.shape[1] // module.groups
         if self.by_displacements() and (channels >= FEW_CHANNELS or module.groups > 1):
-            lead = (1,) * (2 - len(module.kernel_size))
-            kernel, dilation = (*lead, *module.kernel_size), (*lead, *module.dilation)
+            kernel, dilation = (
+                (1, part[0]) if len(part) == 1 else (part[0], part[1])
+                for part in cast(list[tuple[int, ...]], [module.kernel_size, module.dilation])
+            )
             image = x if x.dim() == 4 else x.unsqueeze(2)
             return patch_moment(image, kernel, dilation, module.groups, with_one=self.layout.has_bias)
         moment: Tensor | None = None

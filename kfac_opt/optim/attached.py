@@ -42,7 +42,7 @@ class CurvatureOptions:
     damping_style: Literal["factored", "exact"] = "factored"
     damping_scale: Literal["relative", "absolute"] = "relative"
     ramp_steps: int = 10
-    refresh: Literal["staggered", "together"] = "staggered"
+    refresh: Literal["staggered", "together", "async"] = "staggered"
     weight_sharing: Literal["expand", "reduce"] = "expand"
     max_factor_dim: int = 8192
     outputs: Callable[[Any], Any] | None = None
@@ -167,8 +167,14 @@ class AttachedOptimizer(Optimizer):
         )
         assert self._model is not None
         self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)
+        if hasattr(self, "_estimation"):
+            self._drain()
         self._estimation = Estimation(
-            self._tracked, options.refresh == "staggered", options.ramp_steps, options.process_group
+            self._tracked,
+            options.refresh != "together",
+            options.ramp_steps,
+            options.process_group,
+            background=options.refresh == "async",
         )
         views = {name: self._view(name, tracked) for name, tracked in self._tracked.items()}
         self._views = CurvatureMapping(views)
@@ -213,6 +219,8 @@ class AttachedOptimizer(Optimizer):
         return self._model
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._model is not None:
+            self._drain()
         state = super().__getstate__()
         state["_base_seed"] = self._base_seed
         return state
@@ -345,6 +353,16 @@ class AttachedOptimizer(Optimizer):
 
     # -- saving -------------------------------------------------------------------------------------------------
 
+    def _drain(self) -> None:
+        """Puts refreshes in force that run beside the loop."""
+        self._estimation.drain(self._known_states(), self._damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; with ``refresh="async"`` refreshes under way are waited for and come into force first."""
+        if self._model is not None:
+            self._drain()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict``: tensors are copied and keep their dtypes; pending passes are dropped.
 
@@ -368,6 +386,8 @@ class AttachedOptimizer(Optimizer):
             after.remove()
 
     def _install(self, saved: dict[str, Any]) -> None:
+        if self._model is not None:
+            self._estimation.forget()
         install_saved(self, saved)
         seeds = [state["seed"] for state in self.state.values() if "seed" in state]
         if seeds:

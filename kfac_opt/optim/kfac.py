@@ -67,7 +67,10 @@ class KFAC(CurvatureOptimizer):
         factor_interval: steps between estimates.
         inverse_interval: steps between refreshes of a layer's inverses or eigenbases.
         refresh: ``"staggered"`` spreads the refreshes over the interval (no step stalls), ``"together"`` does all at
-            its start.
+            its start, ``"async"`` is staggered and works in a thread (CUDA: a stream) beside the loop: a result
+            comes into force a tenth of the interval later, at a fixed step, so that timing changes no number;
+            ``state_dict()`` waits for what is under way and puts it in force. Rounds under ten steps, EKFAC and
+            several processes are staggered as before.
         weight_sharing: ``"expand"`` treats positions as examples, ``"reduce"`` joins them first (Eschenhagen et al.
             2023).
         kl_clip: trust region: directions are scaled so that ``lr² Σ <V, d>`` is at most this; None switches it off.
@@ -113,7 +116,7 @@ class KFAC(CurvatureOptimizer):
         factor_decay: float = 0.95,
         factor_interval: int = 10,
         inverse_interval: int = 100,
-        refresh: Literal["staggered", "together"] = "staggered",
+        refresh: Literal["staggered", "together", "async"] = "staggered",
         weight_sharing: Literal["expand", "reduce"] = "expand",
         kl_clip: float | None = 1e-4,
         max_relative_update: float | None = 0.05,

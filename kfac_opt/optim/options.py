@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "damping_scale": ("relative", "absolute"),
     "weight_sharing": ("expand", "reduce"),
     "loss_reduction": ("mean", "sum"),
-    "refresh": ("staggered", "together"),
+    "refresh": ("staggered", "together", "async"),
 }
 
 

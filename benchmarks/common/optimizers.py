@@ -67,6 +67,7 @@ def _build_kfac(model: nn.Module, settings: dict[str, Any], likelihood: str, see
     from kfac_opt import KFAC
 
     check_keys(settings, _arguments(KFAC), "kfac")
+    settings = {k: getattr(torch, v) if k.endswith("_dtype") and isinstance(v, str) else v for k, v in settings.items()}
     generator = torch.Generator().manual_seed(seed)
     return KFAC(model, **{"likelihood": likelihood, "generator": generator, **settings})
 

@@ -89,6 +89,11 @@ class _IdleBlock:
     sharing: str = "expand"
     needs_input: bool = True
 
+    @property
+    def layout(self) -> Any:
+        """That of the layer: the collector holds outputs against it."""
+        return self.adapter.layout
+
     def add_input(self, statistics: Any, call: Any) -> None:
         """Takes note of nothing."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from kfac_opt.curvature.block import State
+from kfac_opt.curvature.block import CurvatureBlock, State
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.likelihoods import Likelihood
@@ -37,9 +37,7 @@ def build_posterior(
     names = parameter_names(model)
     random = [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
     copies = [block.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)) for block in blocks]
-    return Posterior.from_model(
-        model, copies, width=width, names=random, likelihood=likelihood, seed=seed, num_data=num_data
-    )
+    return Posterior.from_model(model, copies, width=width, names=random, likelihood=likelihood, seed=seed, num_data=num_data)
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -52,7 +50,7 @@ def posterior_blocks(
     model: nn.Module,
     tracked: Iterable[TrackedBlock],
     state_of: Callable[[TrackedBlock], State | None],
-    width_of: Callable[[int], Width],
+    width_of: Callable[[TrackedBlock], Width],
     *,
     damping: PosteriorDamping = "exact",
     current: bool = True,
@@ -61,7 +59,7 @@ def posterior_blocks(
 
     Args:
         state_of: curvature state of a layer, None before the first step.
-        width_of: data size, prior and floor of a parameter group.
+        width_of: data size, prior and floor of a layer.
         damping: ``"factored"`` concerns Kronecker blocks alone.
         current: eigenbases of the current factors, or those of the last refresh.
     """
@@ -78,11 +76,21 @@ def posterior_blocks(
                 bias=None if entry.bias is None else names[id(entry.bias)],
                 layout=block.layout,
                 form=block.spectral_form(state, current=current),
-                width=width_of(entry.group),
+                width=width_of(entry),
                 damping=damping if is_product else "exact",
             )
         )
     return blocks
+
+
+def safe_floor(block: CurvatureBlock, ess: float, prior_precision: float) -> float:
+    """The floor that keeps the noise below the signal: no weight's deviation is above ``0.5 / √in_dim``.
+
+    Inputs of unit size then meet noise of at most half that size. Norm layers and single parameters, whose weights are
+    no sums over inputs, get deviations of at most 0.05.
+    """
+    largest = 0.5 / block.layout.shape[2] ** 0.5 if isinstance(block, KroneckerBlock) else 0.05
+    return max(0.0, 1.0 / (ess * largest**2) - prior_precision / ess)
 
 
 def _has_curvature(block: object, state: State, current: bool) -> bool:

@@ -20,7 +20,8 @@ from kfac_opt.optim.draws import EVALUATION, Sampler, VariationalOptions, write_
 from kfac_opt.optim.options import derive_seed, seeded
 from kfac_opt.optim.output_noise import choose_layers
 from kfac_opt.optim.passes import GradientMean, kept_batch_statistics
-from kfac_opt.optim.posteriors import parameter_names, posterior_blocks
+from kfac_opt.optim.posteriors import parameter_names, posterior_blocks, safe_floor
+from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.posterior import PosteriorBlock, Width, correlated_noise, restored_weights
 
 
@@ -88,11 +89,12 @@ class SamplingOptimizer(CurvatureOptimizer):
         """Completed passes that were left out because their loss or gradient was not finite."""
         return self._dropped_samples
 
-    def _width(self, number: int) -> Width:
-        group = self.param_groups[number]
+    def _width(self, tracked: TrackedBlock) -> Width:
+        group = self.param_groups[tracked.group]
         checks.check_number(type(self).__name__, "temperature", group["temperature"], low=0.0, open_low=True)
-        ess = float(group["num_data"]) / float(group["temperature"])
-        return Width(ess, float(group["prior_precision"]), float(group["posterior_floor"]))
+        ess, prior = float(group["num_data"]) / float(group["temperature"]), float(group["prior_precision"])
+        floor = group["posterior_floor"]
+        return Width(ess, prior, safe_floor(tracked.block, ess, prior) if floor is None else float(floor))
 
     def _blocks(self, *, current: bool) -> list[PosteriorBlock]:
         return posterior_blocks(
@@ -267,8 +269,7 @@ class SamplingOptimizer(CurvatureOptimizer):
                     loss = closure()
                 if loss is None:
                     raise TypeError(
-                        f"{type(self).__name__}.step: the closure returned None, expected the loss. End it with "
-                        "`return loss`."
+                        f"{type(self).__name__}.step: the closure returned None, expected the loss. End it with `return loss`."
                     )
                 losses.append(torch.as_tensor(loss).detach())
                 self._discard = not math.isfinite(losses[-1])

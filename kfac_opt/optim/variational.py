@@ -15,7 +15,7 @@ from kfac_opt.optim.options import derive_seed
 from kfac_opt.optim.posteriors import build_posterior
 from kfac_opt.optim.sampling import SamplingOptimizer
 from kfac_opt.optim.tracking import TrackedBlock
-from kfac_opt.posterior import Posterior
+from kfac_opt.posterior import Posterior, Width
 
 
 class VariationalOptimizer(SamplingOptimizer):
@@ -29,7 +29,8 @@ class VariationalOptimizer(SamplingOptimizer):
         owner = type(self).__name__
         for name in ("num_data", "prior_precision", "temperature"):
             checks.check_number(owner, name, merged[name], low=0.0, open_low=True)
-        checks.check_number(owner, "posterior_floor", merged["posterior_floor"], low=0.0)
+        if merged["posterior_floor"] is not None:
+            checks.check_number(owner, "posterior_floor", merged["posterior_floor"], low=0.0)
         if merged["curvature"] == "identity":
             raise ValueError(
                 f"{owner}: curvature='identity' has no posterior to draw weights from. Use 'diagonal', or "
@@ -48,12 +49,13 @@ class VariationalOptimizer(SamplingOptimizer):
         model = self._require_model()
         self._refuse_inside("posterior()")
         data = {float(group["num_data"]) for group in self.param_groups}
+        first = self.param_groups[0]
         return build_posterior(
             type(self).__name__,
             model,
             self._blocks(current=True),
             self._named().values(),
-            width=self._width(0),
+            width=Width(float(first["num_data"]) / float(first["temperature"]), float(first["prior_precision"])),
             likelihood=self._likelihood,
             seed=derive_seed(self._base_seed, POSTERIOR, self._step_count()),
             num_data=data.pop() if len(data) == 1 else None,
@@ -82,7 +84,7 @@ class VariationalOptimizer(SamplingOptimizer):
 
     def _damping(self, tracked: TrackedBlock) -> Damping:
         base = super()._damping(tracked)
-        return Damping(base.value, base.relative, self._width(tracked.group).delta)
+        return Damping(base.value, base.relative, self._width(tracked).delta)
 
     def _gradient(self, group: dict[str, Any], name: str, parameter: Tensor, *, raw: bool) -> Tensor | None:
         """``ḡ + δ μ``, or ``ḡ + δ`` times the mean of the drawn weights."""
@@ -100,9 +102,7 @@ class VariationalOptimizer(SamplingOptimizer):
             return momentum
         return momentum * min(1.0, float(group["lr"]) / float(group["base_lr"]))
 
-    def _before_momentum(
-        self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor], lr: float
-    ) -> list[Tensor]:
+    def _before_momentum(self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor], lr: float) -> list[Tensor]:
         decay = float(group["weight_decay"])
         if self._variational.weight_decay_rule == "lr" or not decay or not lr:
             return updates

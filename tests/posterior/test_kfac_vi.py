@@ -24,6 +24,7 @@ def vi(model: nn.Module, params: Any = None, **options: Any) -> KFACVI:
         "lr": 0.05,
         "num_data": 100,
         "prior_precision": 20.0,
+        "posterior_floor": 0.0,
         "factor_interval": 1,
         "inverse_interval": 1,
         "factor_dtype": torch.float64,
@@ -427,7 +428,7 @@ def test_draws_use_the_last_refresh_and_the_posterior_the_current_factors():
     train(optimizer, model, 2, seed=50)
     new = optimizer.curvature["0"].to_dense()
     assert float((old[0] - new).abs().max()) > 1e-3
-    width = optimizer._width(0)
+    width = optimizer._width(optimizer._tracked["0"])
     eye = torch.eye(len(new), dtype=torch.float64)
     expected = torch.linalg.inv(width.ess * (new + width.delta * eye)).diagonal()
     matrix = expected.reshape(5, 5).T  # column-stacking vec of [out, in]
@@ -593,6 +594,25 @@ def test_groups_have_priors_of_their_own():
     widths = {block.weight: block.width.prior_precision for block in optimizer.posterior().blocks}
     assert widths == {"0.weight": 500.0, "2.weight": 20.0}
     assert float(optimizer.posterior().variance()["0.weight"].max()) <= 1 / 500.0
+
+
+def test_the_default_floor_keeps_the_noise_below_the_signal():
+    model = Everything().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = KFACVI(model, num_data=20, factor_dtype=torch.float64, factor_interval=1)
+    tokens, y = torch.randint(7, (8, 5)), torch.randint(3, (8,))
+    F.cross_entropy(model(tokens), y).backward()
+    optimizer.step()
+    blocks = {block.weight: block for block in optimizer.posterior().blocks}
+    limits = {"table.weight": 0.5 / 7**0.5, "conv.weight": 0.5 / 7**0.5, "out.weight": 0.5 / 6**0.5}
+    limits |= {"norm.weight": 0.05, "scale": 0.05}
+    for name, limit in limits.items():
+        assert float(blocks[name].deviation.max()) <= limit * (1 + 1e-9), name
+        assert blocks[name].width.floor > 0
+    # Where data or prior bound the noise already, nothing is added.
+    optimizer.param_groups[0]["prior_precision"] = 1e4
+    assert all(block.width.floor == 0.0 for block in optimizer.posterior().blocks)
 
 
 def test_posterior_before_the_first_estimate_is_explained():

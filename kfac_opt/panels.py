@@ -43,25 +43,16 @@ def panels(packed: Tensor, n: int, number: int = NUM_PANELS) -> Iterator[tuple[i
         yield start, end, left, diagonal
 
 
-def pack_panels_(packed: Tensor, matrix: Tensor) -> None:
+def pack_panels_(packed: Tensor, matrix: Tensor, number: int = NUM_PANELS) -> None:
     """Writes symmetric ``[groups, n, n]`` matrices into ``packed [groups, panel_size(n)]``, cast to its dtype."""
     for one, whole in zip(packed, matrix):
-        for start, end, left, diagonal in panels(one, whole.shape[-1]):
+        for start, end, left, diagonal in panels(one, whole.shape[-1], number):
             left.copy_(whole[start:end, :start])
             diagonal.copy_(whole[start:end, start:end])
 
 
-def average_panels_(packed: Tensor, matrix: Tensor, decay: float, weight: float) -> None:
-    """``X ← decay · X + weight · M``; X kept in ``packed [groups, size]``, M symmetric ``[groups, n, n]``."""
-    packed.mul_(decay)
-    for one, whole in zip(packed, matrix):
-        for start, end, left, diagonal in panels(one, whole.shape[-1], FACTOR_PANELS):
-            left.add_(whole[start:end, :start], alpha=weight)
-            diagonal.add_(whole[start:end, start:end], alpha=weight)
-
-
 def panel_diagonal(packed: Tensor, n: int) -> Tensor:
-    """Diagonal ``[groups, n]`` of what :func:`average_panels_` keeps."""
+    """Diagonal ``[groups, n]`` of what is kept in ``FACTOR_PANELS`` panels."""
     parts = [[diagonal.diagonal() for *_, diagonal in panels(one, n, FACTOR_PANELS)] for one in packed]
     return torch.stack([torch.cat(part) for part in parts])
 

@@ -25,7 +25,6 @@ from kfac_opt.linalg import (
 from kfac_opt.panels import (
     FACTOR_PANELS,
     PANEL_DIM,
-    average_panels_,
     pack_panels_,
     panel_diagonal,
     panel_size,
@@ -81,17 +80,26 @@ class KroneckerBlock(CurvatureBlock):
 
     def add_input(self, statistics: Statistics, call: Call) -> None:
         moment = self.layer.input_moment if self.dense_sides["input"] else self.layer.input_square
-        statistics.add("input", moment(call.x, call.keep, self.sharing, self.dtype))
+        statistics.add("input", self._packed("input", moment(call.x, call.keep, self.sharing, self.dtype)))
 
     def add_output(
         self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
     ) -> None:
         moment = self.layer.output_moment if self.dense_sides["output"] else self.layer.output_square
         for call, gradient in zip(calls, gradients):
-            statistics.add("output", moment(gradient, call.keep, self.sharing, self.dtype))
+            statistics.add("output", self._packed("output", moment(gradient, call.keep, self.sharing, self.dtype)))
+
+    def _packed(self, side: str, moment: Tensor) -> Tensor:
+        """Large moments as panels at once: the sums of all layers wait side by side for the step."""
+        if not self._in_panels(side):
+            return moment
+        packed = moment.new_empty(self.groups, panel_size(self.dims[side], FACTOR_PANELS))
+        pack_panels_(packed, moment, FACTOR_PANELS)
+        return packed
 
     def sum_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {side: self._shape(side) for side in SIDES}
+        sizes = {side: (self.groups, panel_size(self.dims[side], FACTOR_PANELS)) for side in SIDES}
+        return {side: sizes[side] if self._in_panels(side) else self._shape(side) for side in SIDES}
 
     def _in_panels(self, side: str) -> bool:
         """Whether factor and inverse of this side are kept as panels of one triangle."""
@@ -128,11 +136,8 @@ class KroneckerBlock(CurvatureBlock):
             return
         for side, count in (("input", num_terms), ("output", statistics.num_rows)):
             total, factor = statistics.sums[side], state[f"{side}_factor"]
-            if self._in_panels(side):
-                average_panels_(factor, total, decay, (1.0 - decay) / count)
-            else:
-                estimate = pack_triangle(total) if self.dense_sides[side] else total
-                average_into(factor, estimate, decay, count)
+            in_triangle = self.dense_sides[side] and not self._in_panels(side)
+            average_into(factor, pack_triangle(total) if in_triangle else total, decay, count)
         average_weight(state, decay)
         self._track_scale(state)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+STAGGER_FROM = 16  # steps in a round from which its refreshes are spread
+
 
 def factors_due(step: int, interval: int, ramp_steps: int) -> bool:
     """Whether step ``step`` (from 0) takes an estimate: every early step, then every ``interval`` steps."""
@@ -31,9 +33,13 @@ def refresh_round(step: int, interval: int, ramp_steps: int) -> tuple[int, int]:
 
 
 def refresh_due(step: int, interval: int, ramp_steps: int, phase: float) -> bool:
-    """Whether a layer with this phase in [0, 1) is refreshed at this step: at its share of every round."""
+    """Whether a layer with this phase in [0, 1) is refreshed at this step: at its share of every round.
+
+    Short rounds are not spread: early in training (the ramp) fresh inverses matter more than even steps, and an
+    interval of a few steps says the same.
+    """
     start, length = refresh_round(step, interval, ramp_steps)
-    return step == start + int(phase * length)
+    return step == start + (int(phase * length) if length >= STAGGER_FROM else 0)
 
 
 def refresh_phases(costs: Sequence[float], *, staggered: bool) -> list[float]:

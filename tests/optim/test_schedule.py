@@ -167,12 +167,17 @@ def refreshed(steps: int, depth: int, interval: int, refresh: str) -> list[list[
 
 def test_staggered_refreshes_spread_the_layers_over_the_interval():
     """No step does the work of all: each layer once per interval, every step its share."""
-    seen = refreshed(steps=24, depth=6, interval=6, refresh="staggered")
+    seen = refreshed(steps=72, depth=6, interval=18, refresh="staggered")
     for steps in seen:
         assert steps[0] == 0  # nothing to precondition with before
-        assert all(later - earlier == 6 for earlier, later in pairwise(steps[2:]))
-    for step in range(6, 24):
-        assert sum(step in steps for steps in seen) == 1
+        assert all(later - earlier == 18 for earlier, later in pairwise(steps[2:]))
+    for step in range(18, 72):
+        assert sum(step in steps for steps in seen) == (step % 3 == 0)
+
+
+def test_short_rounds_refresh_all_layers_at_their_start():
+    for steps in refreshed(steps=14, depth=4, interval=6, refresh="staggered"):
+        assert steps == [0, 6, 12]
 
 
 def test_together_refreshes_all_layers_at_the_start_of_the_interval():

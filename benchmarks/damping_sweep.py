@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             print(f"{name}: {finding.statement} -> {finding.verdict}: {finding.ours}")
     if progressed.trials:
         print(
-            f"{progressed.trials} trials in {duration(progressed.seconds)}: {progressed.trials_per_minute:.1f} per minute, "
-            f"{config.workers} worker(s); {100 * report.speed.compute_share:.1f} % of the trials' time was forward, backward "
-            f"and step, {100 * report.speed.evaluation_share:.1f} % evaluation"
+            f"{progressed.trials} trials in {duration(progressed.seconds)}: {progressed.trials_per_minute:.1f} per "
+            f"minute, {config.workers} worker(s); {100 * report.speed.compute_share:.1f} % of the trials' time was "
+            f"forward, backward and step, {100 * report.speed.evaluation_share:.1f} % evaluation"
         )
     print(f"page: {page}")
     return page

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.damping.config import SweepConfig
-from benchmarks.damping.results import SettingSummary, mean_log_square
+from benchmarks.damping.results import SettingSummary
 
 MANY_DIVERGED = 0.5  # of the random trials
+STANDARD_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,12 @@ def findings(config: SweepConfig, summaries: Sequence[SettingSummary], optimizer
     chosen = [s for s in summaries if s.setting.optimizer == optimizer and s.num_finished]
     if len(chosen) < 3:
         return []
-    return [_middle_is_best(chosen), _smallest_diverges(chosen), _largest_is_slow(config, chosen), *_gradients(config, chosen)]
+    return [
+        _middle_is_best(chosen),
+        _smallest_diverges(config, chosen),
+        _largest_is_slow(config, chosen),
+        *_gradients(config, chosen),
+    ]
 
 
 def _middle_is_best(chosen: list[SettingSummary]) -> Finding:
@@ -46,7 +52,7 @@ def _middle_is_best(chosen: list[SettingSummary]) -> Finding:
     )
 
 
-def _smallest_diverges(chosen: list[SettingSummary]) -> Finding:
+def _smallest_diverges(config: SweepConfig, chosen: list[SettingSummary]) -> Finding:
     smallest, middle = chosen[0], chosen[len(chosen) // 2]
     text = (
         f"of the random trials, whose learning rates and momenta are the same at every damping, "
@@ -57,6 +63,7 @@ def _smallest_diverges(chosen: list[SettingSummary]) -> Finding:
     )
     if smallest.num_kept:
         text += f"; the search found healthy ones with a mean final loss of {smallest.mean_final_loss:.3f}"
+    text += f"; learning rates from {config.ranges(smallest.setting)['lr'].low:g}"
     return Finding("The smallest damping (1e-5) diverges.", text, smallest.diverged_startup > MANY_DIVERGED)
 
 
@@ -69,16 +76,17 @@ def _largest_is_slow(config: SweepConfig, chosen: list[SettingSummary]) -> Findi
     reached = next((x for x, y in zip(best.curve_steps, best.curve, strict=True) if y <= level), math.inf)
     areas = [sum(s.curve) / len(s.curve) for s in (largest, best)]
     text = (
-        f"mean loss over the run {areas[0]:.3f} at {largest.setting.damping:.0e} against {areas[1]:.3f} at the best damping "
-        f"{best.setting.damping:.0e}, which reaches the former's last loss after {reached:.0f} of {config.task.steps} steps; "
-        f"median kept learning rate {largest.kept['lr'][0]:.3g} in a range up to {config.ranges(largest.setting)['lr'].high:g}"
+        f"mean loss over the run {areas[0]:.3f} at {largest.setting.damping:.0e} against {areas[1]:.3f} at the best "
+        f"damping {best.setting.damping:.0e}, which reaches the former's last loss after {reached:.0f} of "
+        f"{config.task.steps} steps; median kept learning rate {largest.kept['lr'][0]:.3g} in a range up to "
+        f"{config.ranges(largest.setting)['lr'].high:g}"
     )
     return Finding("The largest damping (1e2) is slow.", text, reached <= 0.8 * config.task.steps)
 
 
 def _gradients(config: SweepConfig, chosen: list[SettingSummary]) -> list[Finding]:
-    """Mean log10 of the squared gradient, averaged over layers, at the first and the last histogram."""
-    wanted = [s for s in chosen if s.histograms and any(_near(s, d) for d in config.histogram.dampings)]
+    """Mean log10 of the squared gradient at the first and the last histogram, ends of the shown dampings compared."""
+    wanted = [s for s in chosen if s.gradient_levels and any(_near(s, d) for d in config.histogram.dampings)]
     statements = (
         "Early in training larger damping gives larger gradients (it leaves the plateau).",
         "Late in training smaller damping gives larger gradients.",
@@ -86,18 +94,18 @@ def _gradients(config: SweepConfig, chosen: list[SettingSummary]) -> list[Findin
     if len(wanted) < 2:
         return [Finding(statement, "fewer than two dampings have healthy trials", None) for statement in statements]
     found = []
-    for statement, position, upward in ((statements[0], 0, True), (statements[1], -1, False)):
-        levels = []
-        for summary in wanted:
-            step = sorted(summary.histograms, key=int)[position]
-            layers = summary.histograms[step].values()
-            levels.append(sum(mean_log_square(config, counts) for counts in layers) / len(layers))
+    for statement, position, sign in ((statements[0], 0, 1.0), (statements[1], -1, -1.0)):
+        step = sorted(wanted[0].gradient_levels, key=int)[position]
+        levels = [summary.gradient_levels[step] for summary in wanted]
         text = f"step {step}: mean log10 g² " + ", ".join(
-            f"{level:.2f} at {s.setting.damping:.0e}" for s, level in zip(wanted, levels, strict=True)
+            f"{mean:.2f} ± {error:.2f} at {s.setting.damping:.0e}"
+            for s, (mean, error) in zip(wanted, levels, strict=True)
         )
-        rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
-        falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
-        found.append(Finding(statement, text, rising if upward else falling))
+        (first, first_error), (last, last_error) = levels[0], levels[-1]
+        errors = math.hypot(first_error, last_error)
+        clear = abs(last - first) > STANDARD_ERRORS * errors
+        text += "" if clear else f"; the ends differ by less than {STANDARD_ERRORS:g} standard errors"
+        found.append(Finding(statement, text, clear and sign * (last - first) > 0))
     return found
 
 

@@ -65,7 +65,8 @@ def final_losses(config: SweepConfig, summaries: Sequence[SettingSummary]) -> by
         shares.grid(visible=False)
         axes.set_zorder(shares.get_zorder() + 1)
         axes.patch.set_visible(False)
-        axes.legend(loc="upper center")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
         return figure_png(figure)
 
 
@@ -128,9 +129,9 @@ def _layer_shares(layers: dict[str, list[int]]) -> dict[str, np.ndarray]:
 
 
 def _filled_range(shares: Sequence[dict[str, np.ndarray]], edges: np.ndarray) -> tuple[float, float]:
-    """From the first to the last bin that holds more than a thousandth of a percent of some layer."""
+    """From the first to the last bin that holds more than a tenth of a percent of some layer."""
     most = np.max([share[1:] for layers in shares for share in layers.values()], axis=0)
-    filled = np.flatnonzero(most > 1e-3)
+    filled = np.flatnonzero(most > 1e-1)
     return (float(edges[filled[0]]), float(edges[filled[-1] + 1])) if len(filled) else (edges[0], edges[-1])
 
 

@@ -86,23 +86,27 @@ def summary_content(report: Report) -> dict[str, Any]:
         **provenance(config, config.seed, config.device),
         "settings": settings,
         "spectra": report.spectra,
-        "findings": {name: [{**asdict(f), "verdict": f.verdict} for f in found] for name, found in report.findings.items()},
+        "findings": {
+            name: [{**asdict(f), "verdict": f.verdict} for f in found] for name, found in report.findings.items()
+        },
         "speed": {**asdict(report.speed), "trials_per_minute_of_one_worker": report.speed.trials_per_minute},
     }
 
 
 def _text(config: SweepConfig, summaries: Sequence[SettingSummary], speed: Speed) -> list[str]:
     finished = [summary.num_finished for summary in summaries]
-    budget = f"{min(finished)} to {max(finished)} of {config.num_trials}" if min(finished) < config.num_trials else config.num_trials
+    budget = str(config.num_trials)
+    if min(finished) < config.num_trials:
+        budget = f"{min(finished)} to {max(finished)} of the planned {config.num_trials}"
     share = config.num_kept / config.num_trials
     return [
         f"{len(summaries)} settings, {budget} trials each: learning rate, its linear decay and momentum are searched "
         f"(tree-structured Parzen estimator) for every damping alone; {config.task.steps} steps of batch "
         f"{config.task.batch_size} on {config.task.data.name}, weights and batches of trial k the same at every damping. "
-        f"Curves are means over the {100 * share:.0f} % of trials with the lowest final training loss, bands run from the "
-        "10th to the 90th percentile. Diverged trials are counted and stay out of the means.",
-        f"One worker ran {speed.trials_per_minute:.1f} trials per minute; {100 * speed.compute_share:.1f} % of a trial was "
-        f"forward, backward and step, {100 * speed.evaluation_share:.1f} % evaluation and histograms, "
+        f"Curves are means over the {100 * share:.0f} % of trials with the lowest final training loss, bands run from "
+        "the 10th to the 90th percentile. Diverged trials are counted and stay out of the means.",
+        f"One worker ran {speed.trials_per_minute:.1f} trials per minute; {100 * speed.compute_share:.1f} % of a trial "
+        f"was forward, backward and step, {100 * speed.evaluation_share:.1f} % evaluation and histograms, "
         f"{100 * speed.other_share:.1f} % sampler, storage, model and batches.",
     ]
 
@@ -121,7 +125,8 @@ def _tables(
     for name, found in checked.items():
         if found:
             rows = [[f.statement, f.verdict, f.ours] for f in found]
-            tables.append(Table(f"What the study found, and what {name} does here.", ("the study", "here", "in numbers"), rows))
+            caption = f"What the study found, and what {name} does here."
+            tables.append(Table(caption, ("the study", "here", "in numbers"), rows))
     return tables
 
 
@@ -156,11 +161,12 @@ def _figures(
         suffix = "" if len(damped) == 1 else f"_{name}"
         if any(s.num_kept for s in mine):
             png = pictures.learning_curves(config, [*plain, *mine])
-            drawn.append((f"learning_curves{suffix}", Figure(png, f"Learning curves, {name}: mean of the kept trials.")))
+            caption = f"Learning curves, {name}: mean of the kept trials."
+            drawn.append((f"learning_curves{suffix}", Figure(png, caption)))
     drawn.append(
         ("final_loss", Figure(pictures.final_losses(config, summaries), "Final loss and diverged trials per damping."))
     )
-    caption = "Learning rate, decay and momentum per damping: median and quartiles of the kept trials, star: best trial."
+    caption = "Searched values per damping: median and quartiles of the kept trials, star: best trial."
     drawn.append(("best_values", Figure(pictures.best_values(config, summaries), caption)))
     for name in damped:
         suffix = "" if len(damped) == 1 else f"_{name}"

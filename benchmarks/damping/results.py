@@ -64,6 +64,8 @@ class SettingSummary:
         final_losses: of the kept trials, ascending. ``test_error``: mean over them.
         best: searched values of the best trial. ``kept``: median and quartiles of them over the kept trials.
         histograms: per step and layer ``[zeros, counts of all bins]``, summed over the kept trials.
+        gradient_levels: per step, mean over the kept trials of the mean log10 of the squared gradient (layers averaged),
+            and its standard error.
     """
 
     setting: Setting
@@ -80,6 +82,7 @@ class SettingSummary:
     best: dict[str, float]
     kept: dict[str, list[float]]
     histograms: Histogram = field(default_factory=dict)
+    gradient_levels: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def mean_final_loss(self) -> float:
@@ -156,6 +159,7 @@ def _summarize_one(config: SweepConfig, setting: Setting, rows: list[TrialRow]) 
         best=dict(kept[0].params) if kept else {},
         kept={key: _quartiles([row.params[key] for row in kept]) for key in SEARCHED} if kept else {},
         histograms=_sum_histograms(config, kept),
+        gradient_levels=_gradient_levels(config, kept),
     )
 
 
@@ -178,6 +182,18 @@ def _sum_histograms(config: SweepConfig, rows: list[TrialRow]) -> Histogram:
                 counts[0] += zeros
                 counts[1 + first : 1 + first + len(filled)] += np.array(filled, dtype=np.int64)
     return {step: {layer: counts.tolist() for layer, counts in layers.items()} for step, layers in total.items()}
+
+
+def _gradient_levels(config: SweepConfig, rows: list[TrialRow]) -> dict[str, list[float]]:
+    levels: dict[str, list[float]] = {}
+    for row in rows:
+        for step, layers in _sum_histograms(config, [row]).items():
+            values = [mean_log_square(config, counts) for counts in layers.values()]
+            levels.setdefault(step, []).append(float(np.nanmean(values)))
+    return {
+        step: [float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan]
+        for step, values in levels.items()
+    }
 
 
 def mean_log_square(config: SweepConfig, counts: Sequence[int]) -> float:

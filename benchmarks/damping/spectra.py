@@ -74,7 +74,7 @@ def block_extremes(optimizer: torch.optim.Optimizer, *, style: str) -> dict[str,
 
 
 Spectra = dict[str, dict[str, dict[str, list[float]]]]
-"""Setting key → step → ``smallest``, ``condition``, ``undamped_smallest``, ``undamped_largest``: one number per block."""
+"""Setting key → step → name of the quantity (as in :class:`Extremes`) → one number per block."""
 
 
 def follow_spectra(config: SweepConfig, rows: dict[Setting, list[TrialRow]], task: Task, cache: Path) -> Spectra:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from benchmarks.damping.trial import TrialResult, train_trial
 RESULT = "result"  # user attribute with everything a trial came to
 MAX_RETRIES = 5
 POLL_SECONDS = 0.5
+OPEN_ATTEMPTS = 5
 
 
 def open_storage(config: SweepConfig) -> BaseStorage:
@@ -53,16 +55,20 @@ def open_storage(config: SweepConfig) -> BaseStorage:
     options[keyword] = retry
     # Several processes write to one SQLite file: let them wait for each other instead of giving up.
     engine = {"connect_args": {"timeout": 120}} if place.startswith("sqlite") else {"pool_pre_ping": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return RDBStorage(place, engine_kwargs=engine, **options)
-    except Exception as error:  # drivers raise their own kinds
-        raise ConfigError(
-            f"key 'storage': the database '{_without_password(place)}' cannot be used "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Give a URL like "
-            "postgresql://user:password@host/database (its driver installed), or the path of a file."
-        ) from error
+    for attempt in range(1, OPEN_ATTEMPTS + 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return RDBStorage(place, engine_kwargs=engine, **options)
+        except Exception as error:  # drivers raise their own kinds
+            if attempt == OPEN_ATTEMPTS:
+                raise ConfigError(
+                    f"key 'storage': the database '{_without_password(place)}' cannot be used "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]}). Give a URL like "
+                    "postgresql://user:password@host/database (its driver installed), or the path of a file."
+                ) from error
+            time.sleep(0.2 * attempt)  # two workers that start together both try to make the tables: one is told off
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _retry_callback() -> tuple[Callable[..., None], str]:
@@ -142,7 +148,6 @@ class Counts:
     """Trials of one study. ``running`` counts those that may still finish."""
 
     finished: int
-    diverged: int
     running: int
     waiting: int
 
@@ -171,7 +176,7 @@ class SettingStudy:
         patience = max(2.0 * self.config.grace_seconds, 20.0 * longest)
         running = [t for t in trials if t.state == TrialState.RUNNING and _age(t) < patience]
         waiting = sum(1 for t in trials if t.state == TrialState.WAITING)
-        return Counts(len(finished), sum(1 for t in finished if t.value is not None and is_diverged(t)), len(running), waiting)
+        return Counts(len(finished), len(running), waiting)
 
     def run_one(self, task: Task, on_trial: Callable[[Setting, TrialResult], None]) -> None:
         """Asks for one trial, runs it and records it. Trials beyond the budget are given back unrun."""
@@ -199,11 +204,6 @@ class SurplusTrial(Exception):
     """Another worker has taken the last trial of the budget."""
 
 
-def is_diverged(trial: FrozenTrial) -> bool:
-    """Whether a finished trial diverged."""
-    return trial.user_attrs[RESULT]["diverged_step"] is not None
-
-
 def suggest(trial: optuna.Trial, ranges: dict[str, SearchRange]) -> dict[str, float]:
     """The values of a trial."""
     chosen: dict[str, float] = {}
@@ -218,8 +218,6 @@ def suggest(trial: optuna.Trial, ranges: dict[str, SearchRange]) -> dict[str, fl
 
 
 def _age(trial: FrozenTrial) -> float:
-    from datetime import datetime
-
     return (datetime.now() - trial.datetime_start).total_seconds() if trial.datetime_start else 0.0
 
 

@@ -95,6 +95,6 @@ def _run_processes(config: SweepConfig, studies: list[SettingStudy], display: Pr
     failed = [worker.name for worker in workers if worker.exitcode not in (0, None)]
     if failed and _finished(studies, config) < config.num_trials * len(studies):
         raise RuntimeError(
-            f"damping_sweep: {', '.join(failed)} ended with an error (see above). The finished trials are kept; the same "
-            "command goes on with the rest."
+            f"damping_sweep: {', '.join(failed)} ended with an error (see above). The finished trials are kept; the "
+            "same command goes on with the rest."
         )

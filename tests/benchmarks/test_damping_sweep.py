@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -237,7 +239,7 @@ def test_extreme_eigenvalues_are_those_of_the_dense_damped_block():
 
 # -- killed and resumed -----------------------------------------------------------------------------------------
 
-SLOW = ("--task.steps", "400", "--num_trials", "6", "--num_kept", "2", "--dampings", "[1.0]", "--num_spectra", "0")
+SLOW = ("--task.steps", "400", "--num_trials", "4", "--num_kept", "2", "--dampings", "[1.0]", "--num_spectra", "0")
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -247,7 +249,7 @@ def command(folder: Path, *more: str) -> list[str]:
 
 
 def slow(folder: Path, **changes) -> SweepConfig:
-    config = tiny(folder, num_trials=6, num_kept=2, dampings=[1.0], num_spectra=0, **changes)
+    config = tiny(folder, num_trials=4, num_kept=2, dampings=[1.0], num_spectra=0, **changes)
     return dataclasses.replace(config, task=dataclasses.replace(config.task, steps=400))
 
 
@@ -256,30 +258,40 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
-def wait_for_finished(config: SweepConfig, number: int, process: subprocess.Popen) -> None:
+def freeze_in_a_trial(config: SweepConfig, number: int, process: subprocess.Popen) -> None:
+    """Stops the process when ``number`` trials have finished and another one is running."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (config.folder / "trials.sqlite3").is_file():
-            trials = [t for group in trials_of(config).values() for t in group]
-            running = any(t.state == TrialState.RUNNING for t in trials)
-            if sum(t.state == TrialState.COMPLETE for t in trials) >= number and running:
-                return
-        time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGSTOP)
+        states = peek(config.folder / "trials.sqlite3")
+        if states.count("COMPLETE") >= number and "RUNNING" in states:
+            return
+        os.killpg(process.pid, signal.SIGCONT)
+        time.sleep(0.2)
     raise AssertionError("the sweep did not get to the middle")
+
+
+def peek(database: Path) -> list[str]:
+    """States of all trials; empty when the file is not there yet or a stopped process is just writing to it."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.1)) as connection:
+            return [state for (state,) in connection.execute("select state from trials")]
+    except sqlite3.OperationalError:
+        return []
 
 
 @pytest.mark.multiprocess
 def test_a_sweep_killed_in_the_middle_resumes_without_losing_or_repeating_a_trial(tmp_path: Path):
     config = slow(tmp_path)
     process = start(command(tmp_path))
-    wait_for_finished(config, 4, process)
+    freeze_in_a_trial(config, 3, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = outcome(config)
-    assert 4 <= sum(map(len, before.values())) < 12
+    assert 3 <= sum(map(len, before.values())) < 8
     assert subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, check=False).returncode == 0
     after = outcome(config)
-    assert all(len(trials) == 6 for trials in after.values())
+    assert all(len(trials) == 4 for trials in after.values())
     assert all(trial in after[key] for key, trials in before.items() for trial in trials), "a finished trial was lost"
     dead = [t for group in trials_of(config).values() for t in group if t.state == TrialState.FAIL]
     assert dead, "the trial that was killed is not marked as failed"
@@ -294,9 +306,8 @@ def test_two_workers_share_a_study_and_survive_the_death_of_one(tmp_path: Path):
     config = slow(tmp_path)
     first, second = start(command(tmp_path)), None
     try:
-        wait_for_finished(config, 1, first)
         second = start(command(tmp_path))
-        wait_for_finished(config, 3, first)
+        freeze_in_a_trial(config, 2, first)
         os.killpg(first.pid, signal.SIGKILL)
         assert second.wait(timeout=240) == 0
     finally:
@@ -305,9 +316,9 @@ def test_two_workers_share_a_study_and_survive_the_death_of_one(tmp_path: Path):
                 os.killpg(process.pid, signal.SIGKILL)
     for key, trials in trials_of(config).items():
         complete = [t for t in trials if t.state == TrialState.COMPLETE]
-        assert len(complete) == 6, key
+        assert len(complete) == 4, key
         drawn = [tuple(sorted(t.params.items())) for t in complete]
-        assert len(set(drawn)) == 6, "two workers ran the same trial"
+        assert len(set(drawn)) == 4, "two workers ran the same trial"
 
 
 @pytest.mark.multiprocess
@@ -376,10 +387,10 @@ def test_a_sweep_runs_in_postgresql_and_goes_on_after_a_worker_was_killed(tmp_pa
     worker.kill()
     worker.join()
     before = outcome(config)
-    assert 2 <= sum(map(len, before.values())) < 12
+    assert 2 <= sum(map(len, before.values())) < 8
     run_sweep(config)
     after = outcome(config)
-    assert all(len(trials) == 6 for trials in after.values())
+    assert all(len(trials) == 4 for trials in after.values())
     assert all(trial in after[key] for key, trials in before.items() for trial in trials)
 
 
@@ -398,9 +409,9 @@ def test_a_database_that_cannot_be_reached_is_named_without_its_password(tmp_pat
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "damping_sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_valid_and_holds_the_search_the_study_asks_for(path: Path):
     config = load_config(SweepConfig, path)
-    assert config.settings()[0].damping is None
     assert set(config.search) == {"lr", "lr_decay", "momentum"}
     if path.stem in ("digits", "mnist"):
+        assert config.settings()[0] == Setting("sgd")
         assert (config.num_trials, config.num_kept) == (300, 100)
         assert sorted(config.dampings) == pytest.approx([10.0**power for power in range(-5, 3)])
 

@@ -19,7 +19,7 @@ LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-def
 FP32_DAMPING_FLOOR = 1e-4
 
 RECURSIVE_DIM = 1024  # from this size on inverses by products of blocks; one core: 2304 135 instead of 214 ms
-INDEXED_DIM = 1024  # up to this size triangles are moved by one gather through a cached index
+INDEXED_DIM = 1100  # up to this size triangles are moved by one gather through a cached index
 
 
 class FactorizationError(RuntimeError):

@@ -94,6 +94,7 @@ class SweepConfig:
         storage: database URL (sqlite, postgresql, mysql) or a path: ``*.journal`` for a journal file, else SQLite;
             None: an SQLite file below ``out``.
         keep: folder for the small summary and figures.
+        remarks: lines at the end of the page.
     """
 
     name: str
@@ -129,6 +130,7 @@ class SweepConfig:
     data_root: Path = field(default=Path("data"), metadata=LOCAL)
     out: Path = field(default=Path("out/damping_sweep"), metadata=LOCAL)
     keep: Path | None = field(default=None, metadata=LOCAL)
+    remarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         counts = ("num_trials", "num_kept", "num_startup", "workers", "threads", "read_interval", "heartbeat_seconds")

@@ -45,9 +45,8 @@ def make_report(config: SweepConfig, title: str) -> Report:
     checked = {name: findings(config, summaries, name) for name in damped}
     speed = measure_speed(rows)
     drawn = _figures(config, summaries, spectra, damped)
-    section = Section(
-        title, _text(config, summaries, speed), _tables(config, summaries, checked), [figure for _, figure in drawn]
-    )
+    text, tables = _text(config, summaries, speed), _tables(config, summaries, checked)
+    section = Section(title, text, tables, [figure for _, figure in drawn], config.remarks)
     report = Report(config, summaries, spectra, checked, speed, section, [stem for stem, _ in drawn])
     write_table(config.folder / "trials.csv", rows)
     write_json(config.folder / "summary.json", summary_content(report))

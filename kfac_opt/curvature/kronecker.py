@@ -42,8 +42,8 @@ class KroneckerBlock(CurvatureBlock):
     r"""``A ⊗ G`` with ``A = (1/N) Σ a aᵀ`` (positions summed) and ``G = (1/R) Σ g gᵀ`` (rows averaged).
 
     ``style="factored"`` preconditions with :math:`(G + \sqrt\gamma/\pi)^{-1} V (A + \pi\sqrt\gamma)^{-1}`, ``"exact"``
-    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases. ``basis`` asks for eigenbases with the factored
-    style as well (posterior samples need them).
+    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases. ``basis`` keeps eigenbases beside the inverses of
+    the factored style (posterior samples need them, and two products with inverses cost half of four with bases).
 
     A side larger than ``max_factor_dim``, or the input of an embedding, keeps only its diagonal. ``inverse_dtype`` is
     that of the stored inverses and of the products with them (``dtype`` if None).
@@ -67,7 +67,8 @@ class KroneckerBlock(CurvatureBlock):
         self.layer = adapter
         self.style = style
         self.inverse_dtype = dtype if inverse_dtype is None else inverse_dtype
-        self.in_basis = basis or style == "exact"
+        self.in_basis = style == "exact"  # where the gradient is preconditioned
+        self.keeps_basis = basis or self.in_basis
         groups, out_dim, in_dim = self.layout.shape
         self.groups = groups
         self.dims = {"input": in_dim, "output": out_dim}
@@ -125,6 +126,7 @@ class KroneckerBlock(CurvatureBlock):
             if not self.in_basis:
                 shape = (self.groups, panel_size(n)) if self._in_panels(side) else self._shape(side)
                 state[f"{side}_inverse"] = torch.zeros(shape, dtype=self.inverse_dtype, device=device)
+            if not self.keeps_basis:
                 continue
             state[f"{side}_values"] = torch.zeros(self.groups, n, dtype=self.dtype, device=device)
             if self.dense_sides[side]:
@@ -189,15 +191,19 @@ class KroneckerBlock(CurvatureBlock):
         """
         if not super().ready(state):
             return None
-        if self.in_basis and torch.equal(state["refreshed_estimates"], state["estimates"]):
-            return None  # bases do not depend on the damping, and the factors have not moved
+        moved = not torch.equal(state["refreshed_estimates"], state["estimates"])
+        if self.in_basis and not moved:
+            return None  # bases do not depend on the damping
         names = [*(f"{side}_factor" for side in SIDES), "weight"]
         given = {name: state[name].clone() if detached else state[name] for name in names}
         gamma = damping.of(state)
 
         def work() -> State:
             factors = {side: self.factor(given, side) for side in SIDES}
-            return self._bases(factors) if self.in_basis else self._inverses(factors, gamma)
+            new = {} if self.in_basis else self._inverses(factors, gamma)
+            if self.keeps_basis and moved:
+                new.update(self._bases(factors))
+            return new
 
         return work
 
@@ -257,7 +263,7 @@ class KroneckerBlock(CurvatureBlock):
         return new
 
     def refreshed_tensors(self, state: State) -> list[Tensor]:
-        kinds = ("values", "basis") if self.in_basis else ("inverse",)
+        kinds = ("inverse", "values", "basis")
         names = [f"{side}_{kind}" for side in SIDES for kind in kinds]
         return [state[name] for name in names if name in state]
 
@@ -297,18 +303,7 @@ class KroneckerBlock(CurvatureBlock):
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
         """What the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
-        if self.style == "exact":
-            return self.spectral_form(state, current=False).eigenvalues + damping.of(state)
-        return self.split_denominators(state, damping.of(state))
-
-    def split_denominators(self, state: State, gamma: Tensor) -> Tensor:
-        """``(λ^G_i + √γ/π)(λ^A_j + π√γ)``: the factored style written in the eigenbasis."""
-        values = {side: state[f"{side}_values"] for side in SIDES}
-        means = {side: value.mean(-1) for side, value in values.items()}
-        splits = self._splits(means, gamma)
-        curved = ((means["input"] > 0) & (means["output"] > 0)).unsqueeze(-1)
-        damped = {side: torch.where(curved, values[side], 0.0) + splits[side].unsqueeze(-1) for side in SIDES}
-        return damped["output"].unsqueeze(-1) * damped["input"].unsqueeze(-2)
+        return self.spectral_form(state, current=False).eigenvalues + damping.of(state)
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         parts = self._bases({side: self.factor(state, side) for side in SIDES}) if current else state

@@ -70,11 +70,11 @@ class VariationalOptimizer(SamplingOptimizer):
 
     def _mean_noise(self) -> dict[int, Tensor]:
         """Mean noise of the step's draws, over the ranks that share them; empty unless the prior gradient needs it."""
-        sums, count, named = self._noise_sum, self._noise_count, self._named()
+        sums, count = self._noise_sum, self._noise_count
         self._noise_sum, self._noise_count = {}, 0
         if self._variational.prior_gradient == "mean":
             return {}
-        group = self._sample_group()
+        named, group = self._named(), self._sample_group()
         if group is not None:
             tensors = [sums.get(name, torch.zeros_like(p)).contiguous() for name, p in named.items()]
             total = torch.tensor([float(count)], device=tensors[0].device)

@@ -99,7 +99,7 @@ class PosteriorBlock:
         d = self.width.delta + self.width.floor
         values = self.form.eigenvalues
         if self.damping == "exact":
-            return 1.0 / (self.width.ess * (values + d))
+            return (values + d).mul_(self.width.ess).reciprocal_()
         # Only the product of the two factors is known here, but V does not depend on how a constant is shared out.
         outputs, mean = values.mean(-1), values.mean((-1, -2))
         inputs = values.mean(-2) / torch.where(mean > 0, mean, 1.0).unsqueeze(-1)

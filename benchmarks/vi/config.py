@@ -48,7 +48,8 @@ class MethodConfig:
     Attributes:
         kind: the optimizer; ``ivon`` takes part if the package ``ivon-opt`` is installed.
         settings: arguments of its constructor.
-        num_samples: weight samples per training step (``kfac_vi``, ``ivon``).
+        num_samples: weight samples per training step (``kfac_vi``, ``ivon``); 0 trains ``kfac_vi`` at its mean, as K-FAC
+            with the study's rules for decay and momentum.
         members: nets of a deep ensemble, each trained alone.
         dropout: share of features dropped before every Linear layer but the first; the ensemble then comes from dropout
             left on (Gal & Ghahramani 2016).
@@ -69,8 +70,9 @@ class MethodConfig:
     start: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.members < 1:
-            raise ValueError(f"num_samples and members must be >= 1, got {self.num_samples} and {self.members}")
+        least = 0 if self.kind == "kfac_vi" else 1
+        if self.num_samples < least or self.members < 1:
+            raise ValueError(f"num_samples must be >= {least}, members >= 1, got {self.num_samples} and {self.members}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.num_samples > 1 and self.kind not in ("kfac_vi", "ivon"):
@@ -81,7 +83,7 @@ class MethodConfig:
     @property
     def cost(self) -> int:
         """Gradients per step, over all nets."""
-        return self.members * self.num_samples
+        return self.members * max(1, self.num_samples)
 
 
 @dataclass(frozen=True)

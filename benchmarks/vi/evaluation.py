@@ -19,10 +19,11 @@ TINY = 1e-12
 
 
 def evaluate(trained: Trained, data: Dataset, config: VIConfig, seed: int) -> dict[str, Any]:
-    """Plain data: ``mean`` and ``samples`` (None without an ensemble), each with its metrics."""
+    """Plain data: ``mean`` and ``samples`` with their metrics; None without an ensemble, or where nothing is finite."""
+    usable = trained.is_finite
     return {
-        "mean": _evaluate(trained, data, config, None),
-        "samples": None if not _has_ensemble(trained, data) else _evaluate(trained, data, config, seed),
+        "mean": _evaluate(trained, data, config, None) if usable else None,
+        "samples": _evaluate(trained, data, config, seed) if usable and _has_ensemble(trained, data) else None,
         "curve": vars(trained.curve),
         "seconds": trained.seconds,
         "cost": trained.method.cost,

@@ -71,6 +71,11 @@ class Trained:
     diverged: bool = False
     dropped_samples: int = 0
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(torch.isfinite(p).all()) for model in self.models for p in model.parameters())
+
     def at_mean(self, inputs: Tensor) -> Prediction:
         """Prediction of one net at its mean."""
         return self._summary(inputs, lambda x: iter([self.models[0](x)]), 1)
@@ -80,7 +85,7 @@ class Trained:
         source = torch.Generator(inputs.device).manual_seed(seed)
         if self.method.laplace == "linearized" and self.posterior is not None:
             return linearized_predict(self.models[0], self.posterior, inputs.split(EVAL_BATCH), 4 * num_samples, source)
-        if self.posterior is not None:
+        if self.posterior is not None and self.method.num_samples:
             return predict(self.models[0], self.posterior, inputs.split(EVAL_BATCH), num_samples, source)
         if len(self.models) > 1:
             return self._summary(inputs, lambda x: (model(x) for model in self.models), len(self.models))
@@ -179,7 +184,7 @@ def _step(method: MethodConfig, optimizer: Any, model: nn.Module, x: Tensor, y: 
         return loss.detach()
 
     optimizer.zero_grad()
-    if method.kind == "kfac_vi":
+    if method.kind == "kfac_vi" and method.num_samples:
         losses = []
         for _ in optimizer.weight_samples(method.num_samples):
             losses.append(backward())
@@ -200,8 +205,9 @@ def _step(method: MethodConfig, optimizer: Any, model: nn.Module, x: Tensor, y: 
 def _finished(trained: Trained, optimizer: Any, data: Dataset, losses: list[Tensor]) -> Trained:
     model = trained.models[0].eval()
     last = torch.stack(losses[-max(1, len(losses) // 10) :]).mean()
-    trained.diverged = not math.isfinite(last) or float(last) > 0.95 * math.log(data.num_classes)
-    if isinstance(optimizer, KFACVI):
+    learnt_nothing = float(last) > 0.95 * math.log(data.num_classes)
+    trained.diverged = not math.isfinite(last) or learnt_nothing or not trained.is_finite
+    if isinstance(optimizer, KFACVI) and trained.is_finite:
         trained.posterior = optimizer.posterior()
         trained.dropped_samples = optimizer.dropped_samples
         # The running statistics followed the drawn weights.

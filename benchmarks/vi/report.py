@@ -18,9 +18,10 @@ def rows(results: Results) -> list[list[str]]:
     table = []
     for name, result in results.items():
         summary = result["summary"]
-        for part, word in (("mean", "mean"), ("samples", "ensemble")):
-            if summary[part] is not None:
-                table.append(_row(name, word, summary, part))
+        parts = [(part, word) for part, word in (("mean", "mean"), ("samples", "ensemble")) if summary[part] is not None]
+        table += [_row(name, word, summary, part) for part, word in parts]
+        if not parts:
+            table.append([f"{name} (all diverged)", *["–"] * (len(HEADER) - 1)])
     return table
 
 
@@ -69,7 +70,7 @@ def reliability_figure(results: Results) -> bytes:
         figure, axes = plt.subplots(figsize=(5.2, 4.6))
         axes.plot([0, 1], [0, 1], ":", color="#777777", linewidth=1.0)
         for index, (name, result) in enumerate(results.items()):
-            confidence, accuracy = _joined_diagram([_best_part(run)["reliability"] for run in result["runs"]])
+            confidence, accuracy = _joined_diagram([part["reliability"] for part in _best_parts(result)])
             axes.plot(confidence, accuracy, "o-", markersize=3, color=COLOURS[index % len(COLOURS)], label=name)
         axes.set(xlabel="confidence", ylabel="accuracy", title="Reliability on the test set")
         axes.legend()
@@ -87,17 +88,21 @@ def _joined_diagram(diagrams: list[dict[str, list[Any]]]) -> tuple[list[float], 
     return confidence, accuracy
 
 
-def _best_part(run: dict[str, Any]) -> dict[str, Any]:
-    part: dict[str, Any] = run["mean"] if run["samples"] is None else run["samples"]
-    return part
+def _best_parts(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ensemble's values of every run that has some, or else those of the single net."""
+    parts = [run["mean"] if run["samples"] is None else run["samples"] for run in result["runs"]]
+    return [part for part in parts if part is not None]
 
 
 def rotation_figure(results: Results) -> bytes:
     """Mean entropy of the prediction while the test images turn."""
     curves = []
     for index, (name, result) in enumerate(results.items()):
-        angles = [[point["angle"] for point in _best_part(run)["angles"]] for run in result["runs"]]
-        entropy = [[point["entropy"] for point in _best_part(run)["angles"]] for run in result["runs"]]
+        parts = _best_parts(result)
+        if not parts:
+            continue
+        angles = [[point["angle"] for point in part["angles"]] for part in parts]
+        entropy = [[point["entropy"] for point in part["angles"]] for part in parts]
         curves.append(spread(name, angles, entropy, colour=COLOURS[index % len(COLOURS)]))
     return line_figure(
         curves,
@@ -125,7 +130,10 @@ def section(title: str, results: Results, text: list[str]) -> Section:
 
 def verdict(results: Results, metric: str = "nll") -> str:
     """One sentence: who has the best ensemble."""
-    best = {name: statistics.fmean(_best_part(run)[metric] for run in result["runs"]) for name, result in results.items()}
+    found = {name: _best_parts(result) for name, result in results.items()}
+    best = {name: statistics.fmean(part[metric] for part in parts) for name, parts in found.items() if parts}
+    if not best:
+        return "Every run diverged."
     first, *others = sorted(best, key=best.__getitem__)
     second = f", then {others[0]} ({best[others[0]]:.4f})" if others else ""
     return f"Lowest NLL on the test set: {first} ({best[first]:.4f}){second}."

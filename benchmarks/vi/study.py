@@ -101,17 +101,18 @@ _NOT_PART_OF_A_RUN = ("methods", "num_seeds", "seed", "search", "num_validation"
 
 
 def summarize_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of every metric, at the mean and over samples."""
+    """Mean and standard deviation over the seeds that have weights, of every metric, at the mean and over samples."""
     summary: dict[str, Any] = {"diverged": sum(run["diverged"] for run in runs), "cost": runs[0]["cost"]}
     summary["seconds"] = statistics.fmean(run["seconds"] for run in runs)
     for part in ("mean", "samples"):
-        if any(run[part] is None for run in runs):
+        kept = [run[part] for run in runs if run[part] is not None]
+        if not kept:
             summary[part] = None
             continue
-        summary[part] = {metric: _spread([run[part][metric] for run in runs]) for metric in METRICS}
+        summary[part] = {metric: _spread([values[metric] for values in kept]) for metric in METRICS}
         summary[part]["detection"] = {
-            shift: {score: _spread([run[part]["detection"][shift][score] for run in runs]) for score in scores}
-            for shift, scores in runs[0][part]["detection"].items()
+            shift: {score: _spread([values["detection"][shift][score] for values in kept]) for score in scores}
+            for shift, scores in kept[0]["detection"].items()
         }
     return summary
 

@@ -25,7 +25,7 @@ from benchmarks.common.figures import COLOURS, figure_png, house_style
 from benchmarks.common.models import build_model
 from benchmarks.common.page import Figure, Table
 from benchmarks.common.tables import text_table
-from benchmarks.fisher import nets  # noqa: F401: adds the study's nets
+from benchmarks.fisher import nets  # noqa: F401
 from benchmarks.fisher.report import Finding, Report, findings_table, verdict, write_report
 from benchmarks.fisher.training import SGDConfig, evaluate, train_sgd
 from kfac_opt import KFAC
@@ -136,9 +136,7 @@ def run(config: SpectrumConfig) -> Report:
     train_loss = train_sgd(model, dataset, config.training, config.seed)
     _, test_error = evaluate(model, dataset.test_inputs, dataset.test_targets)
     examples = _fisher_examples(config, dataset)
-    spectra = [
-        measure(config, model, examples, kind, blocks) for kind, blocks in itertools.product(KINDS, BLOCKS)
-    ]
+    spectra = [measure(config, model, examples, kind, blocks) for kind, blocks in itertools.product(KINDS, BLOCKS)]
     kfac = kfac_spectrum(model, examples[0])
     return make_report(config, spectra, kfac, train_loss, test_error)
 
@@ -149,9 +147,7 @@ def _fisher_examples(config: SpectrumConfig, dataset: Dataset) -> tuple[Tensor, 
     return dataset.train_inputs[chosen], dataset.train_targets[chosen]
 
 
-def measure(
-    config: SpectrumConfig, model: nn.Module, examples: tuple[Tensor, Tensor], kind: str, blocks: str
-) -> Spectrum:
+def measure(config: SpectrumConfig, model: nn.Module, examples: tuple[Tensor, Tensor], kind: str, blocks: str) -> Spectrum:
     """All eigenvalues and all estimates of one matrix."""
     start = time.perf_counter()
     fisher = FisherMatrix(
@@ -245,9 +241,7 @@ def make_report(
         "kfac": {"trace": kfac.trace, "largest": kfac.largest, "squares": kfac.moment(2) * size},
     }
     report.scalars = {
-        f"wasserstein/{s.kind}/{s.blocks}/{e.estimate.label}": [(0, e.mean("wasserstein"))]
-        for s in spectra
-        for e in s.estimated
+        f"wasserstein/{s.kind}/{s.blocks}/{e.estimate.label}": [(0, e.mean("wasserstein"))] for s in spectra for e in s.estimated
     }
     return report
 

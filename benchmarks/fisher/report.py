@@ -63,9 +63,7 @@ class Report:
         return Section(self.title, self.text, self.tables, list(self.figures.values()), notes=self.notes)
 
 
-def write_report(
-    report: Report, config: Any, folder: Path, keep: Path | None, *, seed: int, device: str, name: str
-) -> Path:
+def write_report(report: Report, config: Any, folder: Path, keep: Path | None, *, seed: int, device: str, name: str) -> Path:
     """Writes everything below ``folder``, JSON and pictures also into ``keep``; returns the page."""
     content = {
         **provenance(config, seed, device),
@@ -82,9 +80,7 @@ def write_report(
     return page
 
 
-def _write_tensorboard(
-    folder: Path, scalars: Mapping[str, Sequence[tuple[int, float]]], figures: Mapping[str, Figure]
-) -> None:
+def _write_tensorboard(folder: Path, scalars: Mapping[str, Sequence[tuple[int, float]]], figures: Mapping[str, Figure]) -> None:
     import io
 
     import numpy as np

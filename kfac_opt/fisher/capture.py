@@ -93,9 +93,7 @@ class RowCapture:
             for block in blocks:
                 yield self._store(block, calls[block.name], arrived.pop(block.name), batch.size)
 
-    def _store(
-        self, block: ParameterBlock, calls: list[_Call], columns: list[list[Tensor | None]], examples: int
-    ) -> FactorStore:
+    def _store(self, block: ParameterBlock, calls: list[_Call], columns: list[list[Tensor | None]], examples: int) -> FactorStore:
         """Joins all calls of a layer along the positions."""
         adapter = block.adapter
         assert adapter is not None
@@ -152,9 +150,7 @@ def _recorded(model: FrozenModel, blocks: list[ParameterBlock]) -> Iterator[dict
             handle.remove()
 
 
-def _example_rows(
-    model: FrozenModel, blocks: list[ParameterBlock], batch: Batch, roots: list[Tensor]
-) -> dict[str, Store]:
+def _example_rows(model: FrozenModel, blocks: list[ParameterBlock], batch: Batch, roots: list[Tensor]) -> dict[str, Store]:
     """Rows by one vector-Jacobian product per example and column, vectorised where the model's code allows it."""
     names = [name for block in blocks for name in block.parameters]
     with torch.no_grad():
@@ -164,9 +160,7 @@ def _example_rows(
             # vmap refuses control flow on values and some in-place operations; the plain loop gives the same rows.
             rows = _looped_rows(model, names, batch, roots)
         return {
-            block.name: RowStore(
-                torch.cat([rows[name].flatten(2) for name in block.parameters], dim=2).to(model.row_dtype)
-            )
+            block.name: RowStore(torch.cat([rows[name].flatten(2) for name in block.parameters], dim=2).to(model.row_dtype))
             for block in blocks
         }
 
@@ -176,9 +170,7 @@ def _vectorised_rows(model: FrozenModel, names: list[str], batch: Batch, columns
     values = {name: model.parameters[name].detach() for name in names}
     leaves, structure = tree_flatten(batch.inputs)
     batched = [
-        index
-        for index, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch.size
+        index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch.size
     ]
 
     def one(own_columns: Tensor, *own_leaves: Tensor) -> dict[str, Tensor]:

@@ -67,11 +67,7 @@ class ParameterBlock:
         assert self.adapter is not None
         layout, rows = self.adapter.layout, matrices.shape[0]
         if not layout.has_bias:
-            weight = (
-                torch.vmap(lambda m: layout.from_matrix(m)[0])(matrices)
-                if rows > 1
-                else layout.from_matrix(matrices[0])[0]
-            )
+            weight = torch.vmap(lambda m: layout.from_matrix(m)[0])(matrices) if rows > 1 else layout.from_matrix(matrices[0])[0]
             return weight.reshape(rows, -1)
         weight, bias = torch.vmap(layout.from_matrix)(matrices) if rows > 1 else layout.from_matrix(matrices[0])
         assert bias is not None
@@ -81,8 +77,7 @@ class ParameterBlock:
     def _split(self, vectors: Tensor) -> dict[str, Tensor]:
         pieces = vectors.split([shape.numel() for shape in self.shapes], dim=1)
         return {
-            name.rpartition(".")[2]: piece.reshape(-1, *shape)
-            for name, shape, piece in zip(self.parameters, self.shapes, pieces)
+            name.rpartition(".")[2]: piece.reshape(-1, *shape) for name, shape, piece in zip(self.parameters, self.shapes, pieces)
         }
 
 

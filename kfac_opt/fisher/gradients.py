@@ -174,9 +174,7 @@ def gradient_statistics(
     """
     if num_eigenpairs < 1:
         raise ValueError(f"gradient_statistics: num_eigenpairs must be >= 1, got {num_eigenpairs}")
-    by_layer = FisherMatrix(
-        model, data, likelihood, "empirical", "layer_wise", memory_limit=memory_limit, outputs=outputs
-    )
+    by_layer = FisherMatrix(model, data, likelihood, "empirical", "layer_wise", memory_limit=memory_limit, outputs=outputs)
     whole = by_layer.with_blocks("full")
     norms, means = _norms_and_means(by_layer)
     pairs = by_layer.block_eigenpairs(num_eigenpairs, tolerance=tolerance)

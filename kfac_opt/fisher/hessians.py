@@ -11,7 +11,8 @@ from torch.func import jacrev, jvp
 
 from kfac_opt.fisher.data import Batch
 from kfac_opt.fisher.frozen import Parameters
-from kfac_opt.fisher.scores import ScoreSource
+from kfac_opt.fisher.scores import OWNER, ScoreSource
+from kfac_opt.fisher.source import readable
 
 
 def hessian_inner_products(
@@ -79,6 +80,12 @@ def _directions(
     size, width = model.size, where.stop - where.start
     count = width if num_probes is None else num_probes
     one = 3 * scores.source.num_examples * scores.classes * size * model.row_dtype.itemsize
+    if one > scores.source.memory_limit:
+        raise ValueError(
+            f"{OWNER}: the Hessians of all logits of {scores.source.num_examples} inputs along one direction need "
+            f"{readable(one)}, memory_limit is {readable(scores.source.memory_limit)}. Raise memory_limit, give fewer "
+            "inputs, or leave the second estimator out with second='skip'."
+        )
     step = max(1, min(256, scores.source.work_bytes // one))
     for start in range(0, count, step):
         rows = min(step, count - start)

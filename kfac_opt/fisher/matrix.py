@@ -330,9 +330,7 @@ class FisherMatrix:
         slices = self.block_slices if self.is_layer_wise else {"": slice(0, size)}
         searches: dict[str, TopEigenpairs] = {}
         for name, part in parts.items():
-            noise = torch.randn(
-                part, min(part, max(2, k)), generator=torch.Generator().manual_seed(0), dtype=torch.float64
-            )
+            noise = torch.randn(part, min(part, max(2, k)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             searches[name] = TopEigenpairs(
                 noise.to(self.device, self.dtype), k, tolerance=tolerance, max_columns=min(room, max(40, 4 * k))
             )

@@ -119,9 +119,7 @@ class _Costs:
         fast = without | {b.name for b in blocks if b.adapter and self._row_time(b) <= self._factor_time(b)}
         if route in ("streamed", "func", "dense") or self._kept(fast) <= room:
             return frozenset(fast)
-        return frozenset(
-            without | {b.name for b in blocks if b.adapter and self._row_bytes(b) <= self._factor_bytes(b)}
-        )
+        return frozenset(without | {b.name for b in blocks if b.adapter and self._row_bytes(b) <= self._factor_bytes(b)})
 
     def _kept(self, rows: set[str] | frozenset[str]) -> int:
         sizes = [self._row_bytes(b) if b.name in rows else self._factor_bytes(b) for b in self.source.blocks]
@@ -152,9 +150,7 @@ class _Costs:
         rows = self.examples * self.columns
         squares = sum(b.size**2 for b in blocks) if self.layer_wise else sum(b.size for b in blocks) ** 2
         return {
-            "dense": capture
-            + rows * squares * MAC_COST
-            + EXPECTED_PRODUCTS * (self.entries * self.item * BYTE_COST + CALL_COST),
+            "dense": capture + rows * squares * MAC_COST + EXPECTED_PRODUCTS * (self.entries * self.item * BYTE_COST + CALL_COST),
             "gram": capture + EXPECTED_PRODUCTS * self._stored_product(self.as_rows("gram", room)),
             "factored": capture + EXPECTED_PRODUCTS * self._stored_product(self.as_rows("factored", room)),
             "streamed": EXPECTED_PRODUCTS * (capture + self._stored_product(self.as_rows("streamed", room))),

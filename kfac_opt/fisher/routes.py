@@ -158,9 +158,7 @@ def gram_matrices(source: FisherSource, sets: list[StoreSet], layer_wise: bool) 
     sizes = [store.examples * store.columns for store in counts]
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
     dtype, device = source.model.row_dtype, source.model.device
-    matrices = {
-        name: torch.zeros(ends[-1], ends[-1], dtype=dtype, device=device) for name in (names if layer_wise else [""])
-    }
+    matrices = {name: torch.zeros(ends[-1], ends[-1], dtype=dtype, device=device) for name in (names if layer_wise else [""])}
     with torch.no_grad():
         for i, left in enumerate(sets):
             for j in range(i, len(sets)):

@@ -141,9 +141,7 @@ class FisherSource:
             else:
                 inputs, gradients = shape.in_dim, 2 * self.columns * shape.out_dim
                 total += shape.groups * shape.shared * (inputs + gradients) * item
-                total += (
-                    min(self.columns * block.size, self.columns * shape.groups * shape.shared * shape.out_dim) * item
-                )
+                total += min(self.columns * block.size, self.columns * shape.groups * shape.shared * shape.out_dim) * item
         return total
 
     def _refuse_dependence(self, chunk: Batch, logits: Tensor) -> None:
@@ -181,10 +179,11 @@ class FisherSource:
         first, index = 0, 0
         for batch in self.data:
             for chunk in self._cut(batch):
-                labels = None if self.labels is None else self.labels[first : first + self.counts[index]]
+                labels = None
+                if self.labels is not None:
+                    labels = self.labels[first : first + self.counts[index]]
+                    first, index = first + self.counts[index], index + 1
                 yield chunk, self._roots_of(chunk, labels)
-                first += self.counts[index]
-                index += 1
 
     def _roots_of(self, chunk: Batch, labels: Tensor | None) -> Callable[[Tensor, Tensor | None], Roots]:
         return lambda logits, mask: self.terms.roots(logits, mask, chunk.targets, labels)

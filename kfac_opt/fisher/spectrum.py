@@ -177,22 +177,14 @@ def _check(
     if isinstance(fisher, Tensor) and (fisher.dim() != 2 or not torch.allclose(fisher, fisher.mT)):
         raise ValueError(
             f"spectral_density: a tensor must be a symmetric matrix [P, P], got shape {list(fisher.shape)}"
-            + (
-                " that is not symmetric. Symmetrize it."
-                if fisher.dim() == 2 and fisher.shape[0] == fisher.shape[1]
-                else "."
-            )
+            + (" that is not symmetric. Symmetrize it." if fisher.dim() == 2 and fisher.shape[0] == fisher.shape[1] else ".")
         )
     if probes is None:
         return
     if method != "slq":
         raise ValueError(f"spectral_density: probes belong to method='slq', got method='{method}'. Leave probes out.")
     if probes.dim() != 2 or probes.shape[0] != fisher.shape[0]:
-        raise ValueError(
-            f"spectral_density: probes have shape {list(probes.shape)}, expected [{fisher.shape[0]}, num_probes]."
-        )
+        raise ValueError(f"spectral_density: probes have shape {list(probes.shape)}, expected [{fisher.shape[0]}, num_probes].")
     for name, where in _slices(fisher).items():
         if bool((probes[where].norm(dim=0) == 0).any()):
-            raise ValueError(
-                f"spectral_density: a probe is zero on block '{name}'. Give probes that reach every block."
-            )
+            raise ValueError(f"spectral_density: a probe is zero on block '{name}'. Give probes that reach every block.")

@@ -131,8 +131,7 @@ class OutputTerms:
         else:
             assert labels is not None
             columns = [
-                likelihood.label_gradients(outputs, self._spread(outputs, mask, labels[:, index]))
-                * self.label_samples**-0.5
+                likelihood.label_gradients(outputs, self._spread(outputs, mask, labels[:, index])) * self.label_samples**-0.5
                 for index in range(self.label_samples)
             ]
         keep = likelihood.term_mask(outputs, mask)

@@ -235,9 +235,7 @@ def second_variance(products: Tensor, scores: ScoreSource, num_labels: int, prob
     square = torch.einsum("namc,mcna->", crossed, crossed)
     bound = torch.einsum("naa->n", own) @ torch.linalg.matrix_norm(hessian)
     scale = num_labels * len(p) ** 2
-    return SecondVariance(
-        float(total) / scale, math.sqrt(max(float(square), 0.0)) / scale, float(bound) / scale, probes
-    )
+    return SecondVariance(float(total) / scale, math.sqrt(max(float(square), 0.0)) / scale, float(bound) / scale, probes)
 
 
 def entrywise_variance(

@@ -76,7 +76,5 @@ def block_diagonal(matrix: Tensor, slices: dict[str, slice]) -> Tensor:
 def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     """A dense symmetric matrix with these eigenvalues and random eigenvectors."""
     generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(
-        torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64)
-    )
+    basis, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64))
     return (basis * eigenvalues) @ basis.T

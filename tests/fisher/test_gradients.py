@@ -166,9 +166,7 @@ def test_monitor_in_the_loop_and_attached_measure_the_same_and_change_nothing():
 
 def test_monitor_hands_statistics_to_the_callback_instead_of_keeping_them():
     seen = []
-    monitor = GradientMonitor(
-        mlp(), data(10), interval=3, record=lambda step, found: seen.append((step, found.summary()))
-    )
+    monitor = GradientMonitor(mlp(), data(10), interval=3, record=lambda step, found: seen.append((step, found.summary())))
     assert monitor(0) is not None
     assert monitor(1) is None
     assert [step for step, _ in seen] == [0]

@@ -35,9 +35,7 @@ def with_norm() -> nn.Module:
 
 def test_batch_normalization_in_training_mode_is_refused():
     x, _ = data()
-    with pytest.raises(
-        ValueError, match=r"'1' \(BatchNorm1d\) normalizes with the statistics of its batch.*model.eval\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) normalizes with the statistics of its batch.*model.eval\(\)"):
         FisherMatrix(with_norm(), x)
     model = with_norm().eval()
     model[1] = nn.BatchNorm1d(5, track_running_stats=False).double()
@@ -134,15 +132,11 @@ def test_a_likelihood_that_does_not_fit_the_output_is_named():
     one = nn.Sequential(nn.Linear(4, 1)).double()
     with pytest.raises(ValueError, match=r"holds a single class.*likelihood='bernoulli'"):
         FisherMatrix(one, x)
-    with pytest.raises(
-        ValueError, match=r"targets are \[8\], expected a tensor of shape \[8, 3\].*gaussian likelihood"
-    ):
+    with pytest.raises(ValueError, match=r"targets are \[8\], expected a tensor of shape \[8, 3\].*gaussian likelihood"):
         FisherMatrix(mlp(), (x, y), "gaussian", kind="empirical")
     with pytest.raises(ValueError, match=r"targets are \[8, 3\], expected a tensor of shape \[8\]"):
         FisherMatrix(mlp(), (x, torch.zeros(8, 3)), kind="empirical")
-    with pytest.raises(
-        TypeError, match=r"targets have dtype torch.float64, the categorical likelihood expects class numbers"
-    ):
+    with pytest.raises(TypeError, match=r"targets have dtype torch.float64, the categorical likelihood expects class numbers"):
         FisherMatrix(mlp(), (x, y.double()), kind="empirical")
     with pytest.raises(ValueError, match=r"targets lie in \[0, 7\], expected class numbers in \[0, 2\]"):
         FisherMatrix(mlp(), (x, torch.arange(8)), kind="empirical")
@@ -150,9 +144,7 @@ def test_a_likelihood_that_does_not_fit_the_output_is_named():
         FisherMatrix(mlp(), x, kind="empirical")
     with pytest.raises(ValueError, match="likelihood must be one of"):
         FisherMatrix(mlp(), x, "softmax")
-    with pytest.raises(
-        ValueError, match=r"outputs of shape \[1, 8, 3\] for 8 examples|outputs of shape \[1, 3, 3\] for 3"
-    ):
+    with pytest.raises(ValueError, match=r"outputs of shape \[1, 8, 3\] for 8 examples|outputs of shape \[1, 3, 3\] for 3"):
         FisherMatrix(nn.Sequential(mlp(), Lambda(lambda z: z.unsqueeze(0))), x)
     with pytest.raises(TypeError, match="the model returned tuple, expected a tensor of logits"):
         FisherMatrix(nn.Sequential(mlp(), Lambda(lambda z: (z, z))), x)
@@ -166,9 +158,7 @@ def test_limits_that_cannot_be_met_are_refused_with_the_numbers():
     x = torch.randn(200, 30)
     with pytest.raises(ValueError, match=r"one example needs .* of working memory.*Raise memory_limit to at least"):
         FisherMatrix(model, x, memory_limit=2000)
-    with pytest.raises(
-        ValueError, match=r"route 'gram' keeps 2\d.\d MiB, but memory_limit=4.0 MiB leaves 3.0 MiB.*streamed"
-    ):
+    with pytest.raises(ValueError, match=r"route 'gram' keeps 2\d.\d MiB, but memory_limit=4.0 MiB leaves 3.0 MiB.*streamed"):
         FisherMatrix(model, x, memory_limit=2**22, route="gram")
     with pytest.raises(ValueError, match=r"route 'dense' keeps 1\d\d.\d MiB"):
         FisherMatrix(model, x, memory_limit=2**22, route="dense")

@@ -47,9 +47,7 @@ def test_dense_trace_and_eigenpairs_agree_with_brute_force(name, blocks, route):
     close(fisher.eigenvalues(), eigenvalues)
     values, vectors = fisher.top_eigenpairs(4)
     close(values, eigenvalues.flip(0)[:4])
-    close(
-        expected @ vectors, vectors * values, rtol=1e-9
-    )  # the eigenvector's error is the gap's inverse times rounding
+    close(expected @ vectors, vectors * values, rtol=1e-9)  # the eigenvector's error is the gap's inverse times rounding
     close(vectors.T @ vectors, torch.eye(4, dtype=torch.float64))
 
 
@@ -113,10 +111,7 @@ def test_mc_labels_are_drawn_once_from_the_generator_and_shared_by_the_routes():
     x, _ = data(50)
     with torch.no_grad():
         model[2].weight.mul_(4.0)
-    draws = [
-        FisherMatrix(model, x, kind="mc", label_samples=2, generator=torch.Generator().manual_seed(s))
-        for s in (7, 7, 8)
-    ]
+    draws = [FisherMatrix(model, x, kind="mc", label_samples=2, generator=torch.Generator().manual_seed(s)) for s in (7, 7, 8)]
     assert draws[0].labels.shape == (50, 2)
     assert torch.equal(draws[0].labels, draws[1].labels)
     assert not torch.equal(draws[0].labels, draws[2].labels)

@@ -208,9 +208,7 @@ def test_probes_estimate_the_second_variance_without_bias_of_its_total():
     exact = estimator_variance(model, x, second="exact")
     assert exact.second.num_probes is None
     runs = [
-        estimator_variance(
-            model, x, second="probes", num_probes=20, generator=torch.Generator().manual_seed(seed)
-        ).second
+        estimator_variance(model, x, second="probes", num_probes=20, generator=torch.Generator().manual_seed(seed)).second
         for seed in range(10)
     ]
     assert runs[0].num_probes == 20
@@ -270,9 +268,7 @@ def test_spectral_norm_of_every_layer_is_below_the_product_of_the_weights_above(
     gain = torch.linalg.matrix_norm(dense.reshape(4, 12), ord=2)  # the map, not the reshaped kernel
     inputs = F.unfold(x, 3, padding=1, stride=2)
     rows = torch.linalg.matrix_norm(inputs, ord=2).max()
-    above = (
-        gain * torch.linalg.matrix_norm(model[6][0].weight, ord=2) * torch.linalg.matrix_norm(model[7].weight, ord=2)
-    )
+    above = gain * torch.linalg.matrix_norm(model[6][0].weight, ord=2) * torch.linalg.matrix_norm(model[7].weight, ord=2)
     assert found.layers["0"].spectral_bound == pytest.approx(float(rows * above), rel=1e-4)  # tolerance of the norm
 
 
@@ -337,6 +333,8 @@ def test_bad_arguments_are_named():
         entrywise_variance(model, x, num_labels=0)
     with pytest.raises(ValueError, match=r"a matrix of 43 parameters needs 57.8 KiB, memory_limit is 48.8 KiB"):
         entrywise_variance(model, x, memory_limit=50_000)
+    with pytest.raises(ValueError, match=r"along one direction need .* memory_limit is 48.8 KiB.*second='skip'"):
+        estimator_variance(mlp(), data(60)[0], memory_limit=50_000)
     with pytest.raises(ValueError, match="label_samples must be >= 1, got 0"):
         effective_labels(0, 0.5)
     with pytest.raises(ValueError, match=r"factor_decay must be in \[0, 1\), got 1.0"):

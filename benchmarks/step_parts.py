@@ -1,6 +1,6 @@
 """What a K-FAC step is made of, beside SGD's step in the same run, held against the goals.
 
-    python -m benchmarks.step_parts --config configs/step_time/parts.yaml
+    python -m benchmarks.step_parts --config configs/step_parts/cpu.yaml
 
 Every part is timed in turn with an SGD step of the same model (CPU: processor time of the thread, so that other
 processes on the machine do not count; CUDA: wall time around a synchronised call). Amortised figures are put together from

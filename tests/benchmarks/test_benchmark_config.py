@@ -11,6 +11,7 @@ import pytest
 from benchmarks.common.comparison import ComparisonConfig
 from benchmarks.common.config import LOCAL, ConfigError, load_config, parse_arguments, resolved
 from benchmarks.robustness import RobustnessConfig
+from benchmarks.step_parts import PartsConfig
 from benchmarks.step_time import StepTimeConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -20,6 +21,7 @@ SHIPPED = [
         (ComparisonConfig, "compare_optimizers"),
         (RobustnessConfig, "robustness"),
         (StepTimeConfig, "step_time"),
+        (PartsConfig, "step_parts"),
     )
     for path in sorted((CONFIGS / folder).glob("*.yaml"))
 ]

@@ -301,6 +301,7 @@ def test_a_sweep_killed_in_the_middle_resumes_without_losing_or_repeating_a_tria
     assert outcome(whole) == after
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_workers_share_a_study_and_survive_the_death_of_one(tmp_path: Path):
     config = slow(tmp_path)
@@ -321,6 +322,7 @@ def test_two_workers_share_a_study_and_survive_the_death_of_one(tmp_path: Path):
         assert len(set(drawn)) == 4, "two workers ran the same trial"
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_several_workers_of_one_command_spend_the_budget_exactly(tmp_path: Path):
     config = tiny(tmp_path, workers=2)
@@ -374,6 +376,7 @@ def postgres_url(tmp_path: Path):
             shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_sweep_runs_in_postgresql_and_goes_on_after_a_worker_was_killed(tmp_path: Path, postgres_url: str):
     config = slow(tmp_path, storage=postgres_url)

@@ -21,7 +21,7 @@ from benchmarks.common.progress import duration
 from benchmarks.common.results import describe_machine, describe_versions
 from benchmarks.common.sections import DemoContext, registered_sections
 
-SECTION_MODULES = ("benchmarks.demo_optimizers", "benchmarks.demo_damping")
+SECTION_MODULES = ("benchmarks.demo_optimizers", "benchmarks.demo_damping", "benchmarks.demo_fisher")
 """Importing these registers the sections of the page (``benchmarks.common.sections.demo_section``)."""
 
 

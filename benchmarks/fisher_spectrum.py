@@ -204,6 +204,7 @@ def make_report(
     """Tables, figures and findings."""
     table = {(spectrum.kind, spectrum.blocks): spectrum for spectrum in spectra}
     size = spectra[0].exact.size
+    full, by_layer = table["exact", "full"].exact, table["exact", "layer_wise"].exact
     report = Report(
         title=f"Spectra of the Fisher matrix: {config.name}",
         text=[
@@ -228,9 +229,8 @@ def make_report(
         ),
         "kfac": Figure(
             _kfac_figure(table, kfac),
-            f"K-FAC's Kronecker approximation beside the true matrix: trace {kfac.trace:.3g} against "
-            f"{table['exact', 'full'].exact.trace:.3g}, λ max {kfac.largest:.3g} against {table['exact', 'full'].exact.largest:.3g} "
-            f"(full) and {table['exact', 'layer_wise'].exact.largest:.3g} (layer-wise).",
+            f"K-FAC's Kronecker approximation beside the true matrix: trace {kfac.trace:.3g} against {full.trace:.3g}, "
+            f"λ max {kfac.largest:.3g} against {full.largest:.3g} (full) and {by_layer.largest:.3g} (layer-wise).",
         ),
     }
     report.content = {

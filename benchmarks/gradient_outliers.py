@@ -311,7 +311,8 @@ def findings(runs: list[Run]) -> list[Finding]:
     near = {key: rise[1] >= minima[key] / 2 and rise[0] <= 2 * minima[key] for key, rise in steepest.items()}
     never = [found.setting.label for found in runs if found not in inside]
     small = [found.moments[-1].parts[NETWORK]["small_share"] for found in runs]
-    grew = [grown > 1 and near[label] for label, grown in growth.items()]
+    fallen = {found.setting.label: _fallen(found, steepest[found.setting.label][1]) for found in inside}
+    grew = [1.0 if near[label] and growth[label] > 1 else 0.5 * (fallen[label] >= 0.9) for label in growth]
     return [
         Finding(
             "the largest eigenvalue is carried by few examples: without the tenth it falls by 60 to 99 %",
@@ -324,7 +325,8 @@ def findings(runs: list[Run]) -> list[Finding]:
             "; ".join(
                 [
                     f"{label}: lowest loss at epoch {minima[label]:.1f}, steepest rise between {steepest[label][0]:.1f} and "
-                    f"{steepest[label][1]:.1f}, × {grown:.3g} from half of that epoch to twice"
+                    f"{steepest[label][1]:.1f} (the loss has then done {fallen[label]:.0%} of its fall), × {grown:.3g} from "
+                    "half of the lowest loss's epoch to twice"
                     for label, grown in growth.items()
                 ]
                 + [f"{label}: no minimum inside the run" for label in never]
@@ -352,6 +354,13 @@ def _steepest(found: Run) -> tuple[float, float]:
     rises = np.diff(found.curve("outliers")) / np.diff(found.epochs)
     start = int(np.argmax(rises))
     return found.epochs[start], found.epochs[start + 1]
+
+
+def _fallen(found: Run, epoch: float) -> float:
+    """Share of the whole fall of the validation loss that is done at this epoch."""
+    losses = [moment.validation_loss for moment in found.moments]
+    now = float(np.interp(epoch, found.epochs, losses))
+    return (losses[0] - now) / (losses[0] - min(losses))
 
 
 def _grid(runs: list[Run], height: float = 3.2, **options: Any) -> tuple[Any, list[Any]]:

@@ -1,0 +1,188 @@
+"""Products with the Fisher matrix and its spectrum, beside curvlinops in the same run.
+
+    pip install curvlinops-for-pytorch
+    python -m benchmarks.fisher_speed --config configs/fisher_speed/lenet.yaml
+
+Contestants take turns, so that a busy machine slows all alike; medians. Without curvlinops only our own times are shown.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common.config import LOCAL, parse_arguments
+from benchmarks.common.figures import bar_figure
+from benchmarks.common.models import build_model
+from benchmarks.common.page import Figure, Table
+from benchmarks.common.tables import text_table
+from benchmarks.common.timing import Timed, interleave
+from benchmarks.fisher.report import Finding, Report, findings_table, verdict, write_report
+from kfac_opt.fisher import FisherMatrix, spectral_density
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fisher_speed" / "lenet.yaml"
+HEADER = ("what", "median ms", "per product of the peer")
+PEER = "curvlinops"
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """What is measured. ``batch_size`` is that of the peer's data: it goes through all of it for every product."""
+
+    name: str
+    model: dict[str, Any]
+    input_shape: list[int]
+    num_classes: int = 10
+    num_examples: int = 2000
+    batch_size: int = 500
+    rounds: int = 5
+    columns: int = 10
+    threads: int = 1
+    device: str = "cpu"
+    seed: int = 0
+    memory_gib: float = 2.0
+    out: Path = field(default=Path("out/fisher_speed"), metadata=LOCAL)
+    keep: Path | None = field(default=None, metadata=LOCAL)
+
+
+def main(arguments: Sequence[str] | None = None) -> Report:
+    """Measures, prints the table, writes PNG, page, TensorBoard and JSON."""
+    config = parse_arguments(SpeedConfig, arguments, description=__doc__ or "", default=DEFAULT_CONFIG)
+    torch.set_num_threads(config.threads)
+    report = run(config)
+    page = write_report(
+        report, config, config.out / config.name, config.keep, seed=config.seed, device=config.device, name=config.name
+    )
+    for table in report.tables:
+        print(text_table(table.header, table.rows), end="\n\n")
+    print(f"page: {page}")
+    return report
+
+
+def run(config: SpeedConfig) -> Report:
+    """The measurement without its files."""
+    generator = torch.Generator().manual_seed(config.seed)
+    inputs = torch.randn(config.num_examples, *config.input_shape, generator=generator).to(config.device)
+    targets = torch.randint(config.num_classes, (config.num_examples,), generator=generator).to(config.device)
+    model = build_model(config.model, config.seed).to(config.device).eval()
+    size = sum(p.numel() for p in model.parameters())
+    vector = torch.randn(size, generator=generator).to(config.device)
+    block = torch.randn(size, config.columns, generator=generator).to(config.device)
+    limit = int(config.memory_gib * 2**30)
+
+    def build(kind: str, blocks: str = "full") -> FisherMatrix:
+        return FisherMatrix(model, (inputs, targets), kind=kind, blocks=blocks, memory_limit=limit)  # type: ignore[arg-type]
+
+    building = {kind: _once(lambda kind=kind: build(kind), config.device) for kind in ("exact", "empirical")}  # type: ignore[misc]
+    exact, layer_wise = build("exact"), build("exact", "layer_wise")
+    timed: dict[str, Callable[[], Any]] = {
+        "exact, one vector": lambda: exact @ vector,
+        "layer-wise, one vector": lambda: layer_wise @ vector,
+        f"exact, {config.columns} vectors": lambda: exact @ block,
+    }
+    peer = peer_operators(model, inputs, targets, config.batch_size)
+    if peer is not None:
+        full, layers = peer
+        pieces = vector.split([operator.shape[1] for operator in layers])
+        timed[f"{PEER}: exact, one vector"] = lambda: full @ vector
+        timed[f"{PEER}: one operator per layer"] = lambda: [op @ piece for op, piece in zip(layers, pieces)]
+        difference = float((exact @ vector - full @ vector).norm() / (full @ vector).norm())
+        assert difference < 1e-3, f"the two products differ by {difference:.1e}"
+    seconds = interleave({name: Timed(_quiet(step)) for name, step in timed.items()}, config.rounds, warmup=1)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians["exact: building"] = building["exact"]
+    medians["empirical: building and all eigenvalues"] = _once(lambda: build("empirical").eigenvalues(), config.device)
+    medians["exact: building and block Lanczos density"] = _once(
+        lambda: spectral_density(build("exact"), "block_lanczos"), config.device
+    )
+    return make_report(config, size, exact, medians)
+
+
+def peer_operators(model: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int) -> tuple[Any, list[Any]] | None:
+    """The peer's exact Fisher (generalized Gauss-Newton) of the whole net, and one operator per layer."""
+    try:
+        peer = importlib.import_module(PEER)
+    except ImportError:
+        return None
+    data = list(zip(inputs.split(batch_size), targets.split(batch_size)))
+    loss = nn.CrossEntropyLoss()
+
+    def make(parameters: list[nn.Parameter]) -> Any:
+        return peer.GGNLinearOperator(model, loss, parameters, data, check_deterministic=False)
+
+    layers = [list(part.parameters(recurse=False)) for part in model.modules()]
+    return make(list(model.parameters())), [make(parameters) for parameters in layers if parameters]
+
+
+def _quiet(step: Callable[[], Any]) -> Callable[[], None]:
+    def run_it() -> None:
+        step()
+
+    return run_it
+
+
+def _once(step: Callable[[], Any], device: str) -> float:
+    """Seconds of the second of two calls."""
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def make_report(config: SpeedConfig, size: int, exact: FisherMatrix, medians: dict[str, float]) -> Report:
+    """Table, bars and the goals."""
+    reference = medians.get(f"{PEER}: exact, one vector")
+    rows = [
+        [name, f"{1e3 * value:.1f}", "—" if reference is None else f"{value / reference:.2f}"] for name, value in medians.items()
+    ]
+    report = Report(
+        title=f"Speed of Fisher products: {config.name}",
+        text=[
+            f"{config.model['name']} with {size} parameters, {config.num_examples} examples, {config.threads} thread(s). Route: "
+            f"{exact.route} ({exact.route_reason})."
+        ],
+        tables=[Table("Medians of interleaved rounds; building once.", HEADER, rows)],
+        content={"seconds": medians, "parameters": size, "route": exact.route},
+    )
+    report.figures["times"] = Figure(
+        bar_figure({name: 1e3 * value for name, value in medians.items() if "vector" in name}, y_label="ms per call"),
+        "Products.",
+    )
+    if reference is not None:
+        report.findings = goals(medians)
+        report.tables = [*report.tables, findings_table("Goals", report.findings)]
+    return report
+
+
+def goals(medians: dict[str, float]) -> list[Finding]:
+    """What was aimed at, beside the peer."""
+    full = medians[f"{PEER}: exact, one vector"]
+    layers = medians[f"{PEER}: one operator per layer"]
+    ours, by_layer = medians["exact, one vector"], medians["layer-wise, one vector"]
+    spectrum = medians["empirical: building and all eigenvalues"]
+    return [
+        Finding("full exact product at least 2 × faster", verdict(full >= 2 * ours), f"{full / ours:.1f} ×"),
+        Finding("layer-wise at least 6 × faster", verdict(layers >= 6 * by_layer), f"{layers / by_layer:.1f} ×"),
+        Finding(
+            "exact empirical spectrum in the time of at most 20 of its products",
+            verdict(spectrum <= 20 * full),
+            f"{spectrum / full:.1f} products, building included",
+        ),
+        Finding("(cost of building the exact matrix)", "—", f"{medians['exact: building'] / full:.1f} of the peer's products"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

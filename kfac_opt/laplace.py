@@ -22,7 +22,7 @@ from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.likelihoods import Gaussian, Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.optim.estimation import Estimation
 from kfac_opt.optim.options import check_model, check_number, derive_seed, parameter_groups, seeded
-from kfac_opt.optim.posteriors import build_posterior, posterior_blocks
+from kfac_opt.optim.posteriors import build_posterior, parameter_names, posterior_blocks
 from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, track
 from kfac_opt.outputs import pick_logits
 from kfac_opt.posterior import Posterior, PosteriorBlock, Width, unwrapped
@@ -105,7 +105,7 @@ def fit_laplace(
     posterior = build_posterior(
         "fit_laplace",
         model,
-        posterior_blocks(model, fit.tracked.values(), lambda entry: fit.states[entry.name], lambda _: width),
+        posterior_blocks(parameter_names(model), fit.tracked.values(), lambda entry: fit.states[entry.name], lambda _: width),
         [parameter for group in parameters for parameter in group["params"]],
         width=width,
         likelihood=collector.likelihood,
@@ -164,11 +164,7 @@ class _Fit:
         logits, mask = pick_logits(self.model(**x) if isinstance(x, Mapping) else self.model(x), self.collector.outputs)
         logits = logits.detach().double()
         terms = likelihood.num_terms(logits, mask)
-        constant = (
-            0.5 * logits.numel() * math.log(2 * math.pi * likelihood.variance)
-            if isinstance(likelihood, Gaussian)
-            else 0.0
-        )
+        constant = 0.5 * logits.numel() * math.log(2 * math.pi * likelihood.variance) if isinstance(likelihood, Gaussian) else 0.0
         y = y.double() if y.is_floating_point() else y
         return -likelihood.loss(logits, y) * terms - constant
 
@@ -207,9 +203,7 @@ def log_marginal_likelihood(posterior: Posterior, log_likelihood: float | None =
     total = torch.full((), log_likelihood, dtype=torch.float64, device=posterior.device)
     for block in posterior.blocks:
         precision = block.width.prior_precision
-        total = (
-            total - 0.5 * precision * _squared_norm(posterior, block) + 0.5 * block.layout.numel * math.log(precision)
-        )
+        total = total - 0.5 * precision * _squared_norm(posterior, block) + 0.5 * block.layout.numel * math.log(precision)
         total = total - 0.5 * (block.width.ess * block.form.eigenvalues.double() + precision).log().sum()
     return total
 

@@ -18,7 +18,7 @@ Inputs = Tensor | Mapping[str, Any] | Iterable[Any]
 Outputs = Callable[[Any], Any]
 
 # One CPU thread, LeNet5 and small MLPs: up to this batch size the loop's overhead per call is larger than what
-# batched matrix products lose (benchmarks.kfac_vi prints both).
+# batched matrix products lose (benchmarks.kfac_vi_time prints both).
 VMAP_MAX_BATCH = 16
 VMAP_CHUNK = 16
 DRAWS_AHEAD, DRAWS_AHEAD_BYTES = 8, 2**26

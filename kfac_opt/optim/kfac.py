@@ -13,7 +13,7 @@ from kfac_opt.likelihoods import Likelihood, LikelihoodName
 from kfac_opt.optim.attached import CurvatureOptions
 from kfac_opt.optim.base import CurvatureOptimizer
 from kfac_opt.optim.options import check_number
-from kfac_opt.optim.posteriors import build_posterior, posterior_blocks
+from kfac_opt.optim.posteriors import build_posterior, parameter_names, posterior_blocks
 from kfac_opt.posterior import Posterior, Width
 
 
@@ -186,7 +186,7 @@ class KFAC(CurvatureOptimizer):
         return build_posterior(
             owner,
             model,
-            posterior_blocks(model, self._tracked.values(), self._block_state, lambda _: width),
+            posterior_blocks(parameter_names(model), self._tracked.values(), self._block_state, lambda _: width),
             [parameter for group in self.param_groups for parameter in group["params"]],
             width=width,
             likelihood=self._likelihood,

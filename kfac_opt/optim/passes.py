@@ -91,8 +91,9 @@ def _all_finite(gradients: Sequence[Tensor]) -> bool:
     for dtype in {value.dtype for value in values}:
         wide = torch.promote_types(dtype, torch.float32)
         norms += torch._foreach_norm([value for value in values if value.dtype == dtype], dtype=wide)
-    device = gradients[0].device
-    return bool(torch.isfinite(torch.stack([norm.to(device, torch.float64) for norm in norms])).all())
+    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+        norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
+    return bool(torch.isfinite(torch.stack(norms).sum()))
 
 
 @contextmanager

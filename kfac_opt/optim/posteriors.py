@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 
 @torch.no_grad()
 def posterior_blocks(
-    model: nn.Module,
+    names: Mapping[int, str],
     tracked: Iterable[TrackedBlock],
     state_of: Callable[[TrackedBlock], State | None],
     width_of: Callable[[TrackedBlock], Width],
@@ -58,12 +58,12 @@ def posterior_blocks(
     """Blocks of all layers that have curvature; the tensors may be those of the state, not copies.
 
     Args:
+        names: of the parameters, by their id (:func:`parameter_names`).
         state_of: curvature state of a layer, None before the first step.
         width_of: data size, prior and floor of a layer.
         damping: ``"factored"`` concerns Kronecker blocks alone.
         current: eigenbases of the current factors, or those of the last refresh.
     """
-    names = parameter_names(model)
     blocks: list[PosteriorBlock] = []
     for entry in tracked:
         state, block = state_of(entry), entry.block

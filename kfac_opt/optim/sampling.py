@@ -82,6 +82,10 @@ class SamplingOptimizer(CurvatureOptimizer):
         if "_inside" not in self.__dict__:
             self._reset_transient()
 
+    def _track(self) -> None:
+        super()._track()
+        self._names = parameter_names(self._require_model())
+
     # -- reading ------------------------------------------------------------------------------------------------
 
     @property
@@ -98,7 +102,7 @@ class SamplingOptimizer(CurvatureOptimizer):
 
     def _blocks(self, *, current: bool) -> list[PosteriorBlock]:
         return posterior_blocks(
-            self._require_model(),
+            self._names,
             self._tracked.values(),
             self._block_state,
             self._width,
@@ -226,8 +230,7 @@ class SamplingOptimizer(CurvatureOptimizer):
 
     def _named(self) -> dict[str, Tensor]:
         """Optimized parameters by their names in the model, in the order of the groups."""
-        names = parameter_names(self._require_model())
-        return {names[id(p)]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        return {self._names[id(p)]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
 
     def _generator(self, *purpose: int) -> torch.Generator:
         """Private noise, the same on every rank: from the base seed, the step and the purpose alone."""

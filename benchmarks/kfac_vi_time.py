@@ -1,0 +1,164 @@
+"""What weight samples cost: a step of KFACVI beside KFAC's, one draw, an ensemble beside plain forwards.
+
+    python -m benchmarks.kfac_vi_time                   # LeNet5; --model.name mlp for another net
+
+All numbers are ratios of times taken in turn in the same run, so that a busy machine slows both alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.common.config import LOCAL, parse_arguments
+from benchmarks.common.models import build_model
+from benchmarks.common.progress import progress
+from benchmarks.common.results import provenance, write_json
+from benchmarks.common.tables import text_table
+from benchmarks.common.timing import Timed, cycle_ratio, interleave
+from kfac_opt import KFAC, KFACVI
+from kfac_opt.prediction import predict
+
+PERIOD = 100  # steps between refreshes, the default
+
+
+@dataclass(frozen=True)
+class TimeConfig:
+    """What is timed.
+
+    Attributes:
+        input_shape: of one example, filled with random numbers.
+        batch_size: of the training steps.
+        predict_batches: batch sizes of the ensemble predictions.
+        predict_samples: draws of an ensemble.
+        rounds: timed steps of each optimizer; whole multiples of 100 count every refresh with its share.
+    """
+
+    model: dict[str, Any] = field(default_factory=lambda: {"name": "lenet5"})
+    input_shape: list[int] = field(default_factory=lambda: [3, 32, 32])
+    num_classes: int = 10
+    batch_size: int = 64
+    predict_batches: list[int] = field(default_factory=lambda: [1, 16, 64, 256])
+    predict_samples: int = 50
+    rounds: int = 300
+    threads: int = 1
+    device: str = "cpu"
+    seed: int = 0
+    out: Path = field(default=Path("out/kfac_vi_time"), metadata=LOCAL)
+    keep: Path | None = field(default=None, metadata=LOCAL)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.predict_samples < 1:
+            raise ValueError(f"rounds and predict_samples must be >= 1, got {self.rounds} and {self.predict_samples}")
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measures, prints a table and returns the path of the JSON."""
+    config = parse_arguments(TimeConfig, arguments, description="The price of weight samples.")
+    torch.set_num_threads(config.threads)
+    results = {**_training(config), **_prediction(config)}
+    print(text_table(("what", "ratio"), [[name, f"{value:.3f}"] for name, value in results.items()]))
+    content = {**provenance(config, config.seed, config.device), "ratios": results}
+    if config.keep is not None:
+        write_json(config.keep / "kfac_vi_time.json", content)
+    return write_json(config.out / "results.json", content)
+
+
+def _batch(config: TimeConfig, size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(config.seed)
+    x = torch.randn(size, *config.input_shape, generator=generator)
+    y = torch.randint(config.num_classes, (size,), generator=generator)
+    return x.to(config.device), y.to(config.device)
+
+
+def _training(config: TimeConfig) -> dict[str, float]:
+    x, y = _batch(config, config.batch_size)
+    nets = {name: build_model(config.model, config.seed).to(config.device) for name in ("KFAC", "KFACVI", "plain")}
+    kfac, variational = KFAC(nets["KFAC"]), KFACVI(nets["KFACVI"], num_data=50_000)
+
+    def backward(net: nn.Module) -> None:
+        functional.cross_entropy(net(x), y).backward()
+
+    def kfac_step() -> None:
+        kfac.zero_grad()
+        backward(nets["KFAC"])
+        kfac.step()
+
+    def variational_step() -> None:
+        variational.zero_grad()
+        for _ in variational.weight_samples(1):
+            backward(nets["KFACVI"])
+        variational.step()
+
+    def plain() -> None:
+        nets["plain"].zero_grad()
+        backward(nets["plain"])
+
+    variational_step()
+    posterior = variational.posterior()
+    contestants: dict[str, Callable[[], Any]] = {
+        "KFAC": kfac_step,
+        "KFACVI": variational_step,
+        "draw": posterior.sample,
+        "forward + backward": plain,
+    }
+    with progress(config.rounds, "training") as bar:
+        # The first steps belong to the ramp, where every step refreshes.
+        times = interleave(
+            {name: Timed(step) for name, step in contestants.items()},
+            config.rounds,
+            warmup=min(config.rounds, PERIOD + 30),
+            device=config.device,
+            on_round=bar.advance,
+        )
+    period = min(PERIOD, config.rounds)
+    return {
+        "KFACVI step, one sample / KFAC step": cycle_ratio(times["KFACVI"], times["KFAC"], period),
+        "one draw / forward + backward": statistics.median(times["draw"]) / statistics.median(times["forward + backward"]),
+        "KFAC step / forward + backward": cycle_ratio(times["KFAC"], times["forward + backward"], period),
+    }
+
+
+def _prediction(config: TimeConfig) -> dict[str, float]:
+    net = build_model(config.model, config.seed).to(config.device)
+    optimizer = KFACVI(net, num_data=50_000)
+    x, y = _batch(config, config.batch_size)
+    functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    posterior = optimizer.posterior()
+    optimizer.detach()
+    net.eval()
+    ratios: dict[str, float] = {}
+    for size in config.predict_batches:
+        inputs, _ = _batch(config, size)
+
+        @torch.no_grad()
+        def forwards(inputs: Tensor = inputs) -> None:
+            for _ in range(config.predict_samples):
+                net(inputs)
+
+        def ensemble(vectorize: Any, inputs: Tensor = inputs) -> Callable[[], Any]:
+            return lambda: predict(net, posterior, inputs, config.predict_samples, vectorize=vectorize)
+
+        times = interleave(
+            {"plain": Timed(forwards), "loop": Timed(ensemble("loop")), "vmap": Timed(ensemble("vmap"))},
+            max(3, config.rounds // 20),
+            warmup=1,
+            device=config.device,
+        )
+        plain = statistics.median(times["plain"])
+        for name in ("loop", "vmap"):
+            key = f"predict, batch {size}, {name} / {config.predict_samples} plain forwards"
+            ratios[key] = statistics.median(times[name]) / plain
+    return ratios
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,8 @@ class KFAC(CurvatureOptimizer):
         factor_decay: in [0, 1), weight of the old average; the average is corrected for its start at zero.
         factor_interval: steps between estimates.
         inverse_interval: steps between refreshes of a layer's inverses or eigenbases.
-        refresh: ``"staggered"`` spreads the refreshes over a round of 16 steps or more (no step stalls), ``"together"`` does all at
+        refresh: ``"staggered"`` spreads the refreshes over a round of 16 steps or more (no step
+            stalls), ``"together"`` does all at
             its start, ``"async"`` is staggered and works in a thread (CUDA: a stream) beside the loop: a result
             comes into force a tenth of the interval later, at a fixed step, so that timing changes no number;
             ``state_dict()`` waits for what is under way and puts it in force. Rounds under ten steps, EKFAC and

@@ -394,7 +394,7 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_changes():
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train_step(sgd, model, *data(dtype=torch.float32))
     optimizer = KFAC(model)
-    with pytest.raises(ValueError, match="'damping'.*not saved by KFAC"):
+    with pytest.raises(ValueError, match=r"'damping'.*not saved by KFAC"):
         optimizer.load_state_dict(sgd.state_dict())
     train_step(optimizer, model, *data(dtype=torch.float32))
 
@@ -405,7 +405,7 @@ def test_a_state_saved_with_another_damping_style_is_refused_by_name():
     train_step(first, model, *data(dtype=torch.float32))
     first.detach()
     second = KFAC(model, damping_style="exact")
-    with pytest.raises(ValueError, match="'0'.*damping_style"):
+    with pytest.raises(ValueError, match=r"'0'.*damping_style"):
         second.load_state_dict(first.state_dict())
     train_step(second, model, *data(dtype=torch.float32))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock, Parameters, pull
 from kfac_opt.fisher.stores import FactorStore, RowStore, Store
 from kfac_opt.layers import LayerAdapter
 
-Columns = Callable[[Tensor, Tensor | None], list[Tensor]]
+Columns = Callable[[Tensor, Tensor | None], Sequence[Tensor]]
 """From logits and mask to the output gradients whose pull-backs are the rows."""
 
 
@@ -56,21 +56,27 @@ class RowCapture:
     def __init__(self, model: FrozenModel, blocks: tuple[ParameterBlock, ...], work_bytes: int) -> None:
         self.model, self.blocks, self.work_bytes = model, blocks, work_bytes
 
-    def stores(self, batch: Batch, columns: Columns, as_rows: Callable[[ParameterBlock], bool]) -> dict[str, Store]:
-        """One store per block. ``as_rows`` says which blocks with an adapter are written out as rows."""
+    def stores(
+        self, batch: Batch, columns: Columns, as_rows: Callable[[ParameterBlock], bool], at_once: int | None = None
+    ) -> Iterator[dict[str, Store]]:
+        """One store per block, for ``at_once`` (default: all) columns in turn.
+
+        ``as_rows`` says which blocks with an adapter are written out as rows.
+        """
         linear = [block for block in self.blocks if block.adapter is not None]
         other = [block for block in self.blocks if block.adapter is None]
-        found: dict[str, Store] = {}
         with torch.enable_grad(), _recorded(self.model, linear) as calls:
             logits, mask = self.model.forward(batch)
         roots = columns(logits.detach(), mask)
-        if linear:
-            for block, store in zip(linear, self._linear(linear, calls, batch, logits, roots)):
+        step = len(roots) if at_once is None else at_once
+        for start in range(0, len(roots), step):
+            some = roots[start : start + step]
+            found: dict[str, Store] = {}
+            for block, store in zip(linear, self._linear(linear, calls, batch, logits, some)):
                 found[block.name] = RowStore(_rows_of(store)) if as_rows(block) else store
-        del logits, calls
-        if other:
-            found.update(_example_rows(self.model, other, batch, roots))
-        return {block.name: found[block.name] for block in self.blocks}
+            if other:
+                found.update(_example_rows(self.model, other, batch, some))
+            yield {block.name: found[block.name] for block in self.blocks}
 
     def _linear(
         self,
@@ -78,7 +84,7 @@ class RowCapture:
         calls: dict[str, list[_Call]],
         batch: Batch,
         logits: Tensor,
-        roots: list[Tensor],
+        roots: Sequence[Tensor],
     ) -> Iterator[FactorStore]:
         owners = [(block.name, call) for block in blocks for call in calls[block.name]]
         edges = [call.edge for _, call in owners]
@@ -150,12 +156,12 @@ def _recorded(model: FrozenModel, blocks: list[ParameterBlock]) -> Iterator[dict
             handle.remove()
 
 
-def _example_rows(model: FrozenModel, blocks: list[ParameterBlock], batch: Batch, roots: list[Tensor]) -> dict[str, Store]:
+def _example_rows(model: FrozenModel, blocks: list[ParameterBlock], batch: Batch, roots: Sequence[Tensor]) -> dict[str, Store]:
     """Rows by one vector-Jacobian product per example and column, vectorised where the model's code allows it."""
     names = [name for block in blocks for name in block.parameters]
     with torch.no_grad():
         try:
-            rows = _vectorised_rows(model, names, batch, torch.stack(roots, dim=1))
+            rows = _vectorised_rows(model, names, batch, torch.stack(list(roots), dim=1))
         except (RuntimeError, NotImplementedError):
             # vmap refuses control flow on values and some in-place operations; the plain loop gives the same rows.
             rows = _looped_rows(model, names, batch, roots)
@@ -188,7 +194,7 @@ def _logits_of(model: FrozenModel, batch: Batch) -> Callable[[Parameters], Tenso
     return lambda parameters: model.forward(batch, parameters)[0]
 
 
-def _looped_rows(model: FrozenModel, names: list[str], batch: Batch, roots: list[Tensor]) -> dict[str, Tensor]:
+def _looped_rows(model: FrozenModel, names: list[str], batch: Batch, roots: Sequence[Tensor]) -> dict[str, Tensor]:
     values = {name: model.parameters[name].detach() for name in names}
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for index in range(batch.size):
@@ -224,7 +230,7 @@ def audited_blocks(model: FrozenModel, batch: Batch, seed: int = 0) -> tuple[Par
     }
     usable = _shapes_fit(model, linear, batch)
     capture = RowCapture(model, tuple(block for block in linear if block.name in usable), 1 << 28)
-    stores = capture.stores(batch, lambda _, __: [cotangent], lambda _: False) if usable else {}
+    stores = next(capture.stores(batch, lambda _, __: [cotangent], lambda _: False)) if usable else {}
     trusted = set()
     for block in linear:
         if block.name not in stores:

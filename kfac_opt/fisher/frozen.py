@@ -149,6 +149,24 @@ class FrozenModel:
             returned = functional_call(self.module, (values, buffers), args, kwargs)
         return pick_logits(returned, self.outputs)
 
+    def forward_without_randomness(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward`, refusing models that draw from the global generators; their states are put back."""
+        on_gpu = self.device.type == "cuda"
+        state = torch.random.get_rng_state()
+        gpu_state = torch.cuda.get_rng_state(self.device) if on_gpu else state
+        logits, mask = self.forward(batch)
+        changed = not torch.equal(state, torch.random.get_rng_state())
+        torch.random.set_rng_state(state)
+        if on_gpu:
+            changed |= not torch.equal(gpu_state, torch.cuda.get_rng_state(self.device))
+            torch.cuda.set_rng_state(gpu_state, self.device)
+        if changed:
+            raise ValueError(
+                f"{self.owner}: the model draws random numbers in its forward: every pass would see another network. "
+                "Call model.eval() first, or take the randomness out."
+            )
+        return logits, mask
+
     def activation_bytes(self, batch: Batch) -> int:
         """Memory that one forward and backward over ``batch`` keeps for its intermediate values."""
         kept: dict[int, int] = {}

@@ -271,7 +271,8 @@ class FisherMatrix:
         One Krylov iteration over all blocks at once where they are large: a product serves every block.
         """
         parts = self._parts()
-        if max(parts.values()) <= DIRECT_SIZE or isinstance(self._route, DenseRoute):
+        fits = self._dense_entries() * self.dtype.itemsize <= self.memory_limit
+        if (max(parts.values()) <= DIRECT_SIZE and fits) or isinstance(self._route, DenseRoute):
             return {name: _top(matrix, min(k, len(matrix))) for name, matrix in self._matrices().items()}
         tolerance = KRYLOV_TOLERANCE[self.dtype] if tolerance is None else tolerance
         return self._krylov(parts, k, tolerance)
@@ -290,8 +291,12 @@ class FisherMatrix:
     def _matrices(self) -> dict[str, Tensor]:
         if isinstance(self._route, DenseRoute):
             return self._route.matrices
-        self._demand("a dense matrix", sum(2 * size * size for size in self._parts().values()), f"P = {self.shape[0]}")
+        self._demand("a dense matrix", self._dense_entries(), f"P = {self.shape[0]}")
         return dense_blocks(self._source, self._route.store_sets(), self.is_layer_wise)
+
+    def _dense_entries(self) -> int:
+        """Numbers of the matrices written out, and of as many again on the way."""
+        return sum(2 * size * size for size in self._parts().values())
 
     def _uses_gram(self) -> bool:
         """Whether the Gram matrix of the rows is the smaller problem, and its rows can be kept."""

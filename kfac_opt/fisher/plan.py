@@ -145,7 +145,7 @@ class _Costs:
         network = self.examples * sum(self._pass_time(b) for b in blocks)
         generic = self.examples * sum(self._pass_time(b) for b in blocks if b.adapter is None)
         sweeps = len(blocks) if self.layer_wise else 1
-        calls = -(-self.examples // self.source.chunk_size) * len(blocks) * 10 * CALL_COST
+        calls = -(-self.examples // self.source.capture_chunk) * len(blocks) * 10 * CALL_COST
         capture = (1 + self.columns) * network + 4 * (1 + 2 * self.columns) * generic + calls
         rows = self.examples * self.columns
         squares = sum(b.size**2 for b in blocks) if self.layer_wise else sum(b.size for b in blocks) ** 2

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt.fisher.routes import StoreSet, joined_rows
-from kfac_opt.fisher.source import FisherSource
+from kfac_opt.fisher.source import FisherSource, readable
 from kfac_opt.likelihoods import Bernoulli, Categorical, Likelihood
 
 OWNER = "estimator_variance"
@@ -60,7 +60,12 @@ class ScoreSource:
         # A tile of inner products between two chunks, and a handful of copies, must fit.
         item = self.source.model.row_dtype.itemsize
         widest = int((self.source.work_bytes / (8 * item)) ** 0.5) // self.classes
-        self.source.chunk_size = max(1, min(self.source.chunk_size, widest))
+        if self.source.capture_columns < self.source.columns:
+            raise ValueError(
+                f"{OWNER}: the Jacobian of one input does not fit into the working memory, a quarter of the memory_limit of "
+                f"{readable(memory_limit)}. Raise memory_limit."
+            )
+        self.source.capture_chunk = max(1, min(self.source.capture_chunk, widest))
         self._kept = self._keep(memory_limit)
 
     def _logits(self) -> Iterator[Tensor]:
@@ -96,8 +101,8 @@ class ScoreSource:
         return shape.shared == 0 or rows <= shape.groups * shape.shared * (shape.in_dim + self.classes * shape.out_dim)
 
     def _make(self) -> Iterator[StoreSet]:
-        for chunk, _ in self.source.chunks():
-            yield self.source.capture.stores(chunk, self.columns, lambda block: self._as_rows(block.name))
+        for chunk, _ in self.source.chunks(self.source.capture_chunk):
+            yield from self.source.capture.stores(chunk, self.columns, lambda block: self._as_rows(block.name))
 
     def _keep(self, memory_limit: int) -> list[StoreSet] | None:
         """All Jacobians, if they fit; else they are made anew for every pair of chunks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class FisherSource:
         columns: rows per example: terms per example × ``K``.
         labels: ``[N, m, ...]`` of ``mc``, else None.
         shapes: sizes of the blocks as linear maps.
+        pass_chunk: examples that go through the network together.
+        capture_chunk, capture_columns: examples and columns whose rows are made together.
     """
 
     def __init__(
@@ -54,29 +56,34 @@ class FisherSource:
         self.data = RepeatedData(data, owner)
         self.terms = OutputTerms(likelihood, kind, label_samples, owner)
         self.labels = labels
-        self.counts: list[int] = []
-        self.chunk_size = 0
-        self._survey(generator)
-        self.num_terms = sum(self.counts)
+        self._batch_labels: list[Tensor] = []  # of every batch, masked terms included: [examples, terms · m ...]
+        self.num_examples = self.num_terms = self.pass_chunk = 0
+        keeps = self._survey(generator)
         if self.num_terms == 0:
             raise ValueError(f"{owner}: every term of the data is masked. Let the mask keep at least one term.")
         if self.labels is not None:
             self._check_labels(label_samples)
+            self._spread_labels(keeps)
         self.capture = RowCapture(self.model, self.blocks, self.work_bytes)
 
     # -- the survey ---------------------------------------------------------------------------------------------
 
-    def _survey(self, generator: torch.Generator | None) -> None:
-        """One pass without gradients: sizes, checks, number of terms, labels."""
+    def _survey(self, generator: torch.Generator | None) -> list[tuple[Tensor, int]]:
+        """One pass without gradients: sizes, checks, number of terms, labels.
+
+        Returns:
+            For every batch which terms count, and its number of examples.
+        """
         draw = self.terms.kind == "mc" and self.labels is None
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         drawn: list[Tensor] = []
-        self.num_examples = 0
+        keeps: list[tuple[Tensor, int]] = []
         for batch in self.data:
-            if self.chunk_size == 0:
+            if self.pass_chunk == 0:
                 self._measure(batch.slice(0, PROBE).to(self.model.device))
-            pieces = [self._surveyed(chunk) for chunk in self._cut(batch)]
+            pieces = [self._surveyed(chunk) for chunk in self.cut(batch, self.pass_chunk)]
             self.num_examples += batch.size
+            keeps.append((torch.cat([self.terms.term_keep(logits, mask) for logits, mask in pieces]), batch.size))
             if draw:
                 # From all outputs of the batch at once, so that the labels do not depend on the memory limit.
                 masks = [mask for _, mask in pieces if mask is not None]
@@ -84,30 +91,23 @@ class FisherSource:
                 drawn.append(self.terms.draw(outputs, torch.cat(masks) if masks else None, generator))
         if draw:
             self.labels = torch.cat(drawn)
+        return keeps
 
     def _surveyed(self, chunk: Batch) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             logits, mask = self.model.forward(chunk)
         self.terms.check(logits, chunk.size)
-        self.counts.append(self.terms.likelihood.num_terms(logits, mask))
+        if self.num_terms == 0:
+            self._refuse_dependence(chunk, logits)
+        self.num_terms += self.terms.likelihood.num_terms(logits, mask)
         if self.terms.kind == "empirical":
             self.terms.roots(logits, mask, chunk.targets, None)
-        if len(self.counts) == 1:
-            self._refuse_dependence(chunk, logits)
         return logits, mask
 
     def _measure(self, probe: Batch) -> None:
         model = self.model
-        state = torch.random.get_rng_state()
         with torch.no_grad():
-            logits, _ = model.forward(probe)
-        changed = not torch.equal(state, torch.random.get_rng_state())
-        torch.random.set_rng_state(state)
-        if changed:
-            raise ValueError(
-                f"{self.owner}: the model draws random numbers in its forward: every pass would see another network. "
-                "Call model.eval() first, or take the randomness out."
-            )
+            logits, _ = model.forward_without_randomness(probe)
         self.terms.check(logits, probe.size)
         if not self._depends_on_weights(probe):
             raise ValueError(
@@ -118,31 +118,40 @@ class FisherSource:
         self.blocks = audited_blocks(model, probe)
         self.shapes: dict[str, BlockShape] = measured_shapes(model, self.blocks, probe)
         self.example_bytes = model.activation_bytes(probe) // probe.size
-        self.chunk_size = min(MAX_CHUNK, self.work_bytes // max(self.capture_bytes(), 1))
-        if self.chunk_size == 0:
+        self._choose_chunks()
+
+    def _choose_chunks(self) -> None:
+        """Chunks that fit into the working memory; where one example's rows do not, its columns are taken in turn."""
+        fixed, per_column = self._capture_bytes()
+        self.pass_chunk = min(MAX_CHUNK, self.work_bytes // max(4 * self.example_bytes, 1))
+        room = self.work_bytes - fixed
+        if self.pass_chunk == 0 or room < per_column:
+            needed = max(4 * self.example_bytes, fixed + per_column)
             raise ValueError(
-                f"{self.owner}: one example needs {readable(self.capture_bytes())} of working memory, a quarter of the "
+                f"{self.owner}: one example needs {readable(needed)} of working memory, a quarter of the "
                 f"memory_limit of {readable(self.memory_limit)} is {readable(self.work_bytes)}. Raise memory_limit to "
-                f"at least {readable(WORK_SHARE * self.capture_bytes())}."
+                f"at least {readable(1.05 * WORK_SHARE * needed)}."
             )
+        self.capture_chunk = max(1, min(MAX_CHUNK, self.work_bytes // (fixed + per_column * self.columns)))
+        self.capture_columns = min(self.columns, room // per_column)
 
     def _depends_on_weights(self, probe: Batch) -> bool:
         with torch.enable_grad():
             return self.model.forward(probe)[0].requires_grad
 
-    def capture_bytes(self) -> int:
-        """Memory for the rows of one example on their way: activations, inputs, gradients, rows of the rest."""
+    def _capture_bytes(self) -> tuple[int, int]:
+        """Memory for the rows of one example on their way: fixed, and for every column."""
         item = self.model.row_dtype.itemsize
-        total = 2 * self.example_bytes
+        fixed, per_column = 2 * self.example_bytes, 1
         for block in self.blocks:
             shape = self.shapes[block.name]
             if block.adapter is None:
-                total += 3 * self.columns * block.size * item + self.columns * self.example_bytes
+                per_column += 3 * block.size * item + self.example_bytes
             else:
-                inputs, gradients = shape.in_dim, 2 * self.columns * shape.out_dim
-                total += shape.groups * shape.shared * (inputs + gradients) * item
-                total += min(self.columns * block.size, self.columns * shape.groups * shape.shared * shape.out_dim) * item
-        return total
+                fixed += shape.groups * shape.shared * shape.in_dim * item
+                outputs = shape.groups * shape.shared * shape.out_dim
+                per_column += (2 * outputs + min(block.size, outputs)) * item
+        return fixed, per_column
 
     def _refuse_dependence(self, chunk: Batch, logits: Tensor) -> None:
         """Examples must not see each other: an example has no Jacobian of its own then."""
@@ -168,33 +177,50 @@ class FisherSource:
             )
         self.labels = self.labels.to(self.model.device)
 
+    def _spread_labels(self, keeps: list[tuple[Tensor, int]]) -> None:
+        """Labels by batch and example, with zeros at the terms that do not count."""
+        assert self.labels is not None
+        first = 0
+        for keep, examples in keeps:
+            count = int(keep.sum())
+            full = self.labels.new_zeros(len(keep), *self.labels.shape[1:])
+            full[keep] = self.labels[first : first + count]
+            self._batch_labels.append(full.reshape(examples, -1, *self.labels.shape[1:]))
+            first += count
+
     # -- chunks -------------------------------------------------------------------------------------------------
 
-    def _cut(self, batch: Batch) -> Iterator[Batch]:
-        for start in range(0, batch.size, self.chunk_size):
-            yield batch.slice(start, start + self.chunk_size).to(self.model.device)
+    def cut(self, batch: Batch, size: int) -> Iterator[Batch]:
+        """The batch in pieces of at most ``size`` examples, on the model's device."""
+        for start in range(0, batch.size, size):
+            yield batch.slice(start, start + size).to(self.model.device)
 
-    def chunks(self) -> Iterator[tuple[Batch, Callable[[Tensor, Tensor | None], Roots]]]:
+    def chunks(self, size: int | None = None) -> Iterator[tuple[Batch, Callable[[Tensor, Tensor | None], Roots]]]:
         """All examples in chunks, each with the function that makes its roots from logits and mask."""
-        first, index = 0, 0
-        for batch in self.data:
-            for chunk in self._cut(batch):
-                labels = None
-                if self.labels is not None:
-                    labels = self.labels[first : first + self.counts[index]]
-                    first, index = first + self.counts[index], index + 1
+        size = self.pass_chunk if size is None else size
+        for index, batch in enumerate(self.data):
+            first = 0
+            for chunk in self.cut(batch, size):
+                labels = self._batch_labels[index][first : first + chunk.size] if self._batch_labels else None
                 yield chunk, self._roots_of(chunk, labels)
+                first += chunk.size
 
     def _roots_of(self, chunk: Batch, labels: Tensor | None) -> Callable[[Tensor, Tensor | None], Roots]:
         return lambda logits, mask: self.terms.roots(logits, mask, chunk.targets, labels)
 
     def stores(self, as_rows: Callable[[ParameterBlock], bool]) -> Iterator[dict[str, Store]]:
-        """Rows of all examples, chunk by chunk, by block name; not yet divided by ``N``."""
-        for chunk, roots in self.chunks():
-            yield self.capture.stores(chunk, _separated(roots), as_rows)
+        """Rows of all examples by block name, some examples (and some of their columns) at a time.
+
+        Not yet divided by ``N``. Columns come in turn only where one example alone fills the working memory, so that
+        the rows of every block are in the order of the examples and their terms.
+        """
+        for chunk, roots in self.chunks(self.capture_chunk):
+            yield from self.capture.stores(chunk, _separated(roots), as_rows, self.capture_columns)
 
 
-def _separated(roots: Callable[[Tensor, Tensor | None], Roots]) -> Callable[[Tensor, Tensor | None], list[Tensor]]:
+def _separated(
+    roots: Callable[[Tensor, Tensor | None], Roots],
+) -> Callable[[Tensor, Tensor | None], Sequence[Tensor]]:
     return lambda logits, mask: roots(logits, mask).separate()
 
 

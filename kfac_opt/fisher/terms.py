@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -39,17 +40,37 @@ class Roots:
             total += column * (product.sum(dims, keepdim=True) if dims else product)
         return total
 
-    def separate(self) -> list[Tensor]:
-        """``T · K`` columns that each touch one term per example: their gradients are rows of the Fisher matrix."""
-        terms = self.terms_per_example
+    def separate(self) -> SeparateColumns:
+        """``T · K`` columns that each touch one term per example: their pull-backs are rows of the Fisher matrix."""
+        return SeparateColumns(self)
+
+
+class SeparateColumns(Sequence[Tensor]):
+    """The columns of :class:`Roots` for each term alone, made when asked for: a long sequence has very many."""
+
+    def __init__(self, roots: Roots) -> None:
+        self.roots = roots
+
+    def __len__(self) -> int:
+        return len(self.roots.columns) * self.roots.terms_per_example
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        term, column = divmod(index, len(self.roots.columns))
+        terms = self.roots.terms_per_example
+        values = self.roots.columns[column]
         if terms == 1:
-            return self.columns
-        separated = []
-        for term in range(terms):
-            select = self.columns[0].new_zeros(self.term_shape)
-            select.reshape(self.term_shape[0], terms)[:, term] = 1.0
-            separated += [column * select for column in self.columns]
-        return separated
+            return values
+        select = values.new_zeros(self.roots.term_shape)
+        select.reshape(self.roots.term_shape[0], terms)[:, term] = 1.0
+        return values * select
 
 
 class OutputTerms:
@@ -120,7 +141,7 @@ class OutputTerms:
             outputs: detached, the shape the likelihood knows.
             mask: terms that count, or None.
             targets: of the data; only ``empirical`` reads them.
-            labels: ``[terms that count, m, ...]`` of this batch; only ``mc`` reads them.
+            labels: ``[examples, terms, m, ...]`` of this batch, anything at masked terms; only ``mc`` reads them.
         """
         likelihood = self.likelihood
         outputs = outputs.detach()
@@ -131,7 +152,8 @@ class OutputTerms:
         else:
             assert labels is not None
             columns = [
-                likelihood.label_gradients(outputs, self._spread(outputs, mask, labels[:, index])) * self.label_samples**-0.5
+                likelihood.label_gradients(outputs, labels[:, :, index].reshape(self._label_shape(outputs)))
+                * self.label_samples**-0.5
                 for index in range(self.label_samples)
             ]
         keep = likelihood.term_mask(outputs, mask)
@@ -144,13 +166,6 @@ class OutputTerms:
         if isinstance(self.likelihood, Categorical):
             del shape[self.likelihood.dimension(outputs)]
         return shape
-
-    def _spread(self, outputs: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
-        """Labels of the counting terms at their places, zeros elsewhere, in the shape the likelihood knows."""
-        keep = self.term_keep(outputs, mask)
-        full = labels.new_zeros(keep.numel(), *labels.shape[1:])
-        full[keep] = labels
-        return full.reshape(self._label_shape(outputs))
 
     def _targets(self, outputs: Tensor, mask: Tensor | None, targets: Any) -> Tensor:
         expected = self._label_shape(outputs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_opt.fisher import FisherMatrix
+from kfac_opt.fisher import FisherMatrix, gradient_statistics
 from kfac_opt.likelihoods import Bernoulli, Categorical, Gaussian
 from tests.fisher.brute import block_diagonal, exact_fisher, label_fisher
 from tests.fisher.models import NAMES, TokenModel, make
@@ -120,7 +120,7 @@ def test_mc_labels_are_drawn_once_from_the_generator_and_shared_by_the_routes():
     for matrix in dense[1:]:
         close(matrix, dense[0])
     small_chunks = FisherMatrix(model, x, kind="mc", memory_limit=60_000, route="streamed")
-    assert small_chunks._source.chunk_size < 50
+    assert small_chunks._source.capture_chunk < 50
     close(small_chunks.to_dense(), dense[0])
 
 
@@ -178,6 +178,27 @@ def test_tokens_are_the_terms_of_a_sequence_model(route):
     labels = torch.randint(3, (3, 3, 2), generator=torch.Generator().manual_seed(0))
     drawn = FisherMatrix(model, tokens, kind="mc", label_samples=2, labels=labels.reshape(9, 2), route=route)
     close(drawn @ expected, label_fisher(model, tokens, labels) @ expected)
+
+
+@pytest.mark.parametrize("blocks", ["full", "layer_wise"])
+def test_columns_are_taken_in_turn_where_one_example_fills_the_memory(blocks):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    tokens = torch.randint(4, (4, 12), generator=torch.Generator().manual_seed(0))
+    expected = exact_fisher(model, tokens)
+    plenty = FisherMatrix(model, tokens, blocks=blocks)
+    tight = FisherMatrix(model, tokens, blocks=blocks, memory_limit=120_000, route="streamed")
+    assert plenty._source.capture_columns == 12 * 4
+    assert tight._source.capture_columns < 12 * 4
+    if blocks == "layer_wise":
+        expected = block_diagonal(expected, tight.block_slices)
+    close(tight @ expected, expected @ expected)
+    close(tight.trace(), expected.trace())
+    targets = torch.randint(5, (4, 12), generator=torch.Generator().manual_seed(1))
+    whole, parts = (
+        gradient_statistics(model, (tokens, targets), memory_limit=limit).layers["3"].norms for limit in (2**30, 100_000)
+    )
+    close(parts, whole)
 
 
 @pytest.mark.parametrize("route", ROUTES)

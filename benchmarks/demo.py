@@ -21,7 +21,12 @@ from benchmarks.common.progress import duration
 from benchmarks.common.results import describe_machine, describe_versions
 from benchmarks.common.sections import DemoContext, registered_sections
 
-SECTION_MODULES = ("benchmarks.demo_optimizers", "benchmarks.demo_damping", "benchmarks.demo_fisher")
+SECTION_MODULES = (
+    "benchmarks.demo_optimizers",
+    "benchmarks.demo_damping",
+    "benchmarks.demo_fisher",
+    "benchmarks.demo_kfac_vi",
+)
 """Importing these registers the sections of the page (``benchmarks.common.sections.demo_section``)."""
 
 

@@ -20,7 +20,8 @@ TINY = 1e-12
 
 def evaluate(trained: Trained, data: Dataset, config: VIConfig, seed: int) -> dict[str, Any]:
     """Plain data: ``mean`` and ``samples`` with their metrics; None without an ensemble, or where nothing is finite."""
-    usable = trained.is_finite
+    # Weights may be finite and yet so large that the outputs are not.
+    usable = trained.is_finite and bool(torch.isfinite(trained.at_mean(data.test_inputs).probabilities).all())
     return {
         "mean": _evaluate(trained, data, config, None) if usable else None,
         "samples": _evaluate(trained, data, config, seed) if usable and _has_ensemble(trained, data) else None,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vjp
 
 from kfac_opt.fisher.frozen import pull_back
 from kfac_opt.fisher.plan import Blocks, Plan
@@ -107,11 +107,26 @@ class FuncRoute(Route):
                     pull = pull_back(outputs, values)
                     for index in range(vectors.shape[1]):
                         tangents = _unflattened(vectors[where, index], shapes, values)
-                        moved = jvp(outputs, (values,), (tangents,))[1]
+                        moved = _tangent(outputs, values, tangents, pull, logits)
                         gradients = pull(roots.multiply(moved))
                         flat = torch.cat([gradients[name].reshape(-1) for name, _ in shapes])
                         total[where, index] += flat.to(total.dtype)
         return total / self.source.num_terms
+
+
+def _tangent(
+    outputs: Callable[[dict[str, Tensor]], Tensor],
+    values: dict[str, Tensor],
+    tangents: dict[str, Tensor],
+    pull: Callable[[Tensor], dict[str, Tensor]],
+    logits: Tensor,
+) -> Tensor:
+    """``J v``: forward mode, or the transpose of the linear map ``u -> Jᵀ u`` where an operation has no forward mode."""
+    try:
+        return cast(Tensor, jvp(outputs, (values,), (tangents,))[1])
+    except NotImplementedError:
+        transposed = vjp(pull, torch.zeros_like(logits))[1]
+        return cast(Tensor, transposed(tangents)[0])
 
 
 def make_route(source: FisherSource, blocks: Blocks, plan: Plan) -> Route:

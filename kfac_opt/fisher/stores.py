@@ -135,7 +135,7 @@ class FactorStore(Store):
     def _expand(self, coefficients: Tensor) -> Tensor:
         weights = coefficients.mT.to(self.gradients.dtype)  # [examples, q, columns]
         mixed = weights @ self.gradients.flatten(3)  # [groups, examples, q, shared · out]
-        mixed = mixed.reshape(*mixed.shape[:3], self.shared, -1)
+        mixed = mixed.reshape(*mixed.shape[:3], self.shared, self.gradients.shape[-1])
         matrices = torch.einsum("gbqso,gbsi->qgoi", mixed, self.inputs)
         return self.block.to_vectors(matrices)
 

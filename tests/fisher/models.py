@@ -139,6 +139,30 @@ def frozen_part() -> nn.Module:
     return net
 
 
+def normalized_weight() -> nn.Module:
+    """A parametrized weight, whose operation has no forward-mode derivative."""
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
+
+
+def instance_norm() -> nn.Module:
+    """An in-place activation on a view: the layer's output leaves the graph that leads to the logits."""
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.InstanceNorm2d(3, affine=True), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 3)
+    )
+
+
+class Encoder(nn.Module):
+    """A transformer layer, which has a fast path for inference that cannot be differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
 def lenet_like() -> nn.Module:
     """Two convolutions, in-place activations and max-pooling, two linear layers."""
     return nn.Sequential(
@@ -171,6 +195,9 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
         "recurrent": (Recurrent, (3, 3)),
         "branching": (Branching, (4,)),
         "frozen": (frozen_part, (4,)),
+        "weight_norm": (normalized_weight, (4,)),
+        "instance_norm": (instance_norm, (1, 4, 4)),
+        "encoder": (Encoder, (3, 4)),
     }
     build, shape = builders[name]
     model = build().double().eval()
@@ -179,5 +206,5 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
 
 NAMES = (
     "lenet", "residual", "twice", "sequence", "time_first", "folded", "tied", "weight_reused", "parameter", "attention",
-    "recurrent", "branching", "frozen",
+    "recurrent", "branching", "frozen", "weight_norm", "instance_norm", "encoder",
 )  # fmt: skip

@@ -122,8 +122,9 @@ class _Costs:
         return frozenset(without | {b.name for b in blocks if b.adapter and self._row_bytes(b) <= self._factor_bytes(b)})
 
     def _kept(self, rows: set[str] | frozenset[str]) -> int:
+        """Of all examples; the largest block counts twice, for joining its chunks."""
         sizes = [self._row_bytes(b) if b.name in rows else self._factor_bytes(b) for b in self.source.blocks]
-        return self.examples * sum(sizes)
+        return self.examples * (sum(sizes) + max(sizes))
 
     def needed(self, room: int) -> dict[RouteName, int]:
         """Bytes that each route keeps."""

@@ -76,10 +76,11 @@ class RowStore(Store):
         self.examples, self.columns, self.size = values.shape
 
     def project(self, vectors: Tensor) -> Tensor:
-        return (self.values.flatten(0, 1) @ vectors).reshape(self.examples, self.columns, -1)
+        # With the rows on the right a product with ten vectors takes half (here) and a sixth (expand) of the time.
+        return (vectors.mT.contiguous() @ self.values.flatten(0, 1).mT).mT.reshape(self.examples, self.columns, -1)
 
     def expand(self, coefficients: Tensor) -> Tensor:
-        return self.values.flatten(0, 1).mT @ coefficients.flatten(0, 1)
+        return (coefficients.flatten(0, 1).mT.contiguous() @ self.values.flatten(0, 1)).mT
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.values[start:stop].flatten(0, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from kfac_opt.likelihoods import Categorical, Gaussian, Likelihood
+from kfac_opt.likelihoods import Categorical, Gaussian, Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.outputs import pick_logits
 from kfac_opt.posterior import Posterior, load_weights_, parameters_of, restored_weights
 
@@ -218,6 +218,50 @@ def summarize(stream: Iterable[Tensor], likelihood: Likelihood, num_samples: int
         expected_entropy=expected_entropy / num_samples,
         variance=variance,
         samples=torch.stack(kept) if keep_samples else None,
+    )
+
+
+def mixture(
+    predictions: Sequence[Prediction], likelihood: LikelihoodName | Likelihood | dict[str, object] = "categorical"
+) -> Prediction:
+    r"""Several ensembles as one: nets trained from different starts, each with its own posterior.
+
+    The predictive of a mixture of Gaussians, one around each mode (Wilson & Izmailov, "Bayesian Deep Learning and a
+    Probabilistic Perspective of Generalization", 2020), every ensemble with the same weight. Each net predicts with its own
+    buffers, so that batch norm needs no care.
+
+    Args:
+        predictions: of the same inputs, in the same order.
+        likelihood: of the models; only the entropy of the mixture depends on it.
+
+    Returns:
+        Means of the probabilities and of the expected entropies; the entropy of the mean; the variance over all
+        draws, within and between the ensembles: :math:`\overline{\sigma_k^2} + \overline{(p_k - \bar p)^2}`;
+        the draws one ensemble after the other if all of them kept theirs.
+
+    Raises:
+        ValueError: for no prediction, or for predictions of different shapes.
+
+    >>> one, two = (Prediction(p, *torch.zeros(2, 1), torch.zeros(1, 2)) for p in torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+    >>> mixture([one, two]).mutual_information
+    tensor([0.6931])
+    """
+    if not predictions:
+        raise ValueError("mixture: got no prediction. Give one Prediction for each net.")
+    shapes = [tuple(prediction.probabilities.shape) for prediction in predictions]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"mixture: the predictions have shapes {shapes}; they must be of the same inputs and classes.")
+    each = torch.stack([prediction.probabilities for prediction in predictions])
+    mean = each.mean(0)
+    within = torch.stack([prediction.variance for prediction in predictions]).mean(0)
+    variance = within + (each - mean).square().mean(0)
+    kept = [prediction.samples for prediction in predictions if prediction.samples is not None]
+    return Prediction(
+        probabilities=mean,
+        entropy=_entropy(make_likelihood(likelihood), mean, variance),
+        expected_entropy=torch.stack([prediction.expected_entropy for prediction in predictions]).mean(0),
+        variance=variance,
+        samples=torch.cat(kept) if len(kept) == len(predictions) else None,
     )
 
 

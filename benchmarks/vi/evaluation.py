@@ -50,7 +50,13 @@ def _evaluate(trained: Trained, data: Dataset, config: VIConfig, seed: int | Non
         prediction = None if seed is None else trained.ensemble(inputs, config.predict_samples, seed)
         return trained.at_mean(inputs) if prediction is None else prediction
 
+    def turned(angle: float) -> Prediction:
+        if angle not in at_angle:
+            at_angle[angle] = predicted(rotated(data.test_inputs, angle))
+        return at_angle[angle]
+
     known = predicted(data.test_inputs)
+    at_angle = {0.0: known}
     diagram = metrics.reliability_diagram(known.probabilities, data.test_targets)
     result: dict[str, Any] = {
         "accuracy": float(metrics.accuracy(known.probabilities, data.test_targets)),
@@ -64,12 +70,12 @@ def _evaluate(trained: Trained, data: Dataset, config: VIConfig, seed: int | Non
         },
         "entropy": float(known.entropy.mean()),
     }
-    others = {"shuffled": shuffled(data.test_inputs), "rotated": rotated(data.test_inputs, 90.0)}
+    others = {"shuffled": predicted(shuffled(data.test_inputs)), "rotated": turned(90.0)}
     unfamiliar = load_unfamiliar(config)
     if unfamiliar is not None:
-        others["unfamiliar"] = unfamiliar
-    result["detection"] = {name: _detection(known, predicted(inputs)) for name, inputs in others.items()}
-    result["angles"] = [_at_angle(predicted(rotated(data.test_inputs, a)), data.test_targets, a) for a in config.angles]
+        others["unfamiliar"] = predicted(unfamiliar)
+    result["detection"] = {name: _detection(known, other) for name, other in others.items()}
+    result["angles"] = [_at_angle(turned(a), data.test_targets, a) for a in config.angles]
     return result
 
 

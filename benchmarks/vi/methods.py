@@ -22,7 +22,7 @@ from kfac_opt.batchnorm import update_bn
 from kfac_opt.laplace import fit_laplace
 from kfac_opt.likelihoods import Categorical
 from kfac_opt.linearized import linearized_predict
-from kfac_opt.prediction import Prediction, predict, summarize
+from kfac_opt.prediction import Prediction, mixture, predict, summarize
 
 EVAL_BATCH = 256
 
@@ -56,7 +56,7 @@ class Trained:
 
     Attributes:
         models: one net, or the members of an ensemble, in evaluation mode.
-        posterior: over the weights, if there is one.
+        posteriors: over the weights of each net, if there are any.
         sampler: context of one draw of an optimizer's own (IVON).
         seconds: of training, evaluations excluded.
         diverged: the loss was not finite, or the net ended no better than guessing.
@@ -64,7 +64,7 @@ class Trained:
 
     method: MethodConfig
     models: list[nn.Module]
-    posterior: Posterior | None = None
+    posteriors: list[Posterior] = field(default_factory=list)
     sampler: Callable[[], Any] | None = None
     curve: Curve = field(default_factory=Curve)
     seconds: float = 0.0
@@ -83,10 +83,12 @@ class Trained:
     def ensemble(self, inputs: Tensor, num_samples: int, seed: int) -> Prediction | None:
         """Prediction of the ensemble this method has, None if it has none."""
         source = torch.Generator(inputs.device).manual_seed(seed)
-        if self.method.laplace == "linearized" and self.posterior is not None:
-            return linearized_predict(self.models[0], self.posterior, inputs.split(EVAL_BATCH), 4 * num_samples, source)
-        if self.posterior is not None and self.method.num_samples:
-            return predict(self.models[0], self.posterior, inputs.split(EVAL_BATCH), num_samples, source)
+        if self.method.laplace == "linearized" and self.posteriors:
+            return linearized_predict(self.models[0], self.posteriors[0], inputs.split(EVAL_BATCH), 4 * num_samples, source)
+        if self.posteriors and self.method.num_samples:
+            each = -(-num_samples // len(self.models))
+            pairs = zip(self.models, self.posteriors, strict=True)
+            return mixture([predict(model, q, inputs.split(EVAL_BATCH), each, source) for model, q in pairs])
         if len(self.models) > 1:
             return self._summary(inputs, lambda x: (model(x) for model in self.models), len(self.models))
         if self.method.dropout:
@@ -135,7 +137,7 @@ def train_method(method: MethodConfig, settings: dict[str, Any], data: Dataset, 
     trained = Trained(
         method,
         [part.models[0] for part in members],
-        first.posterior,
+        [posterior for part in members for posterior in part.posteriors],
         first.sampler,
         first.curve,
         sum(part.seconds for part in members),
@@ -145,7 +147,7 @@ def train_method(method: MethodConfig, settings: dict[str, Any], data: Dataset, 
     if method.laplace is not None and not trained.diverged:
         start = time.perf_counter()
         batches = list(zip(data.train_inputs.split(EVAL_BATCH), data.train_targets.split(EVAL_BATCH), strict=True))
-        trained.posterior = fit_laplace(first.models[0], batches, prior_precision="evidence", fisher="mc")
+        trained.posteriors = [fit_laplace(first.models[0], batches, prior_precision="evidence", fisher="mc")]
         trained.seconds += time.perf_counter() - start
     return trained
 
@@ -208,10 +210,10 @@ def _finished(trained: Trained, optimizer: Any, data: Dataset, losses: list[Tens
     learnt_nothing = float(last) > 0.95 * math.log(data.num_classes)
     trained.diverged = not math.isfinite(last) or learnt_nothing or not trained.is_finite
     if isinstance(optimizer, KFACVI) and trained.is_finite:
-        trained.posterior = optimizer.posterior()
+        trained.posteriors = [optimizer.posterior()]
         trained.dropped_samples = optimizer.dropped_samples
         # The running statistics followed the drawn weights.
-        update_bn(model, data.train_inputs[:10_000].split(EVAL_BATCH), posterior=trained.posterior)
+        update_bn(model, data.train_inputs[:10_000].split(EVAL_BATCH), posterior=trained.posteriors[0])
     if isinstance(optimizer, KFAC | KFACVI):
         optimizer.detach()
     if trained.method.kind == "ivon":

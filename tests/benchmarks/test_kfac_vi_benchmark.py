@@ -20,6 +20,7 @@ from benchmarks.vi import data as vi_data
 from benchmarks.vi import methods, study
 from benchmarks.vi.config import MethodConfig, RateSchedule, VIConfig
 from benchmarks.vi.evaluation import evaluate
+from kfac_opt.prediction import predict
 
 TINY = """
 name: tiny
@@ -129,6 +130,21 @@ def test_a_net_that_guesses_counts_as_diverged(config: VIConfig):
     assert trained.diverged
     result = evaluate(trained, data, config, 0)
     assert result["mean"]["nll"] == pytest.approx(math.log(10), abs=0.3)
+
+
+def test_nets_with_posteriors_predict_as_a_mixture(config: VIConfig):
+    data = vi_data.load_sets(config)
+    method = MethodConfig("kfac_vi", members=2)
+    assert method.cost == 2
+    trained = methods.train_method(method, {}, data, study.training_of(config, data), 0)
+    single = methods.train_method(MethodConfig("kfac_vi"), {}, data, study.training_of(config, data), 0)
+    assert len(trained.posteriors) == len(trained.models) == 2
+    source = torch.Generator().manual_seed(3)
+    each = [predict(m, q, data.test_inputs, 3, source) for m, q in zip(trained.models, trained.posteriors, strict=True)]
+    found, alone = (t.ensemble(data.test_inputs, 6, 3) for t in (trained, single))
+    assert found is not None and alone is not None
+    assert torch.equal(found.probabilities, (each[0].probabilities + each[1].probabilities) / 2)
+    assert float(found.mutual_information.mean()) > float(alone.mutual_information.mean())
 
 
 def test_ivon_is_left_out_where_it_is_not_installed(config: VIConfig, monkeypatch: pytest.MonkeyPatch, capsys):

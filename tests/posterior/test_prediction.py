@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kfac_opt.posterior import Posterior, Width
-from kfac_opt.prediction import predict
+from kfac_opt.prediction import mixture, predict
 from tests.posterior.helpers import WIDTH
 from tests.support import assert_same, close, data, weights
 
@@ -277,3 +277,33 @@ def test_averaging_lowers_the_likelihood_loss_of_overconfident_draws():
     prediction = predict(model, posterior, x, 30, generator(), keep_samples=True)
     single = torch.stack([F.nll_loss(sample.log(), y) for sample in prediction.samples])
     assert float(F.nll_loss(prediction.probabilities.log(), y)) < float(single.mean())
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_a_mixture_is_the_prediction_of_all_draws_together(likelihood: Any):
+    model, (x, _) = net(), data(8)
+    other = net()
+    for parameter in other.parameters():
+        parameter.data.mul_(-0.7)
+    parts = [predict(m, around(m, likelihood), x, 5, generator(), keep_samples=True) for m in (model, other)]
+    joined = mixture(parts, likelihood)
+    together = torch.cat([part.samples for part in parts])
+    close(joined.samples, together)
+    close(joined.probabilities, together.mean(0))
+    close(joined.variance, together.var(0, correction=0))
+    close(joined.expected_entropy, (parts[0].expected_entropy + parts[1].expected_entropy) / 2)
+    if likelihood == "categorical":
+        mean = together.mean(0)
+        close(joined.entropy, -(mean * mean.log()).sum(-1))
+    if likelihood == "gaussian":
+        close(joined.entropy, 0.5 * (2 * torch.pi * torch.e * (1 + together.var(0, correction=0))).log())
+    assert mixture([predict(model, around(model, likelihood), x, 5, generator()), parts[1]], likelihood).samples is None
+
+
+def test_a_mixture_of_nothing_or_of_other_inputs_is_refused():
+    model = net()
+    parts = [predict(model, around(model), data(number)[0], 2, generator()) for number in (8, 5)]
+    with pytest.raises(ValueError, match=r"got no prediction"):
+        mixture([])
+    with pytest.raises(ValueError, match=r"shapes \[\(8, 3\), \(5, 3\)\]"):
+        mixture(parts)

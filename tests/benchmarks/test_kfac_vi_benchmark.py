@@ -142,7 +142,8 @@ def test_nets_with_posteriors_predict_as_a_mixture(config: VIConfig):
     source = torch.Generator().manual_seed(3)
     each = [predict(m, q, data.test_inputs, 3, source) for m, q in zip(trained.models, trained.posteriors, strict=True)]
     found, alone = (t.ensemble(data.test_inputs, 6, 3) for t in (trained, single))
-    assert found is not None and alone is not None
+    assert found is not None
+    assert alone is not None
     assert torch.equal(found.probabilities, (each[0].probabilities + each[1].probabilities) / 2)
     assert float(found.mutual_information.mean()) > float(alone.mutual_information.mean())
 

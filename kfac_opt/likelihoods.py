@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNSURE = 1e-3  # probability mass beside the top label from which a gradient is more than rounding
+UNSURE = 1e-3  # probability mass beside the top label from which a gradient is more than rounding, in single precision
 
 
 class Likelihood(ABC):
@@ -231,11 +231,13 @@ class Categorical(Likelihood):
         g = _in_front_of_log_softmax(outputs, g, dim)
         # A row whose label is certain has a gradient of rounding errors: it sums to nothing in particular. But only the
         # label's entry is negative in it; two negative ones come from another loss on large outputs.
-        unsure = torch.softmax(_wide(outputs.detach()), dim=dim).amax(dim) < 1 - UNSURE
-        negative = (g < -UNSURE * g.abs().amax(dim, keepdim=True)).sum(dim)
+        level = _unsure(gradients.dtype)
+        unsure = torch.softmax(_wide(outputs.detach()), dim=dim).amax(dim) < 1 - level
+        negative = (g < -level * g.abs().amax(dim, keepdim=True)).sum(dim)
         counts = unsure | (negative >= 2)
         total, size = (g.sum(dim).abs() * counts).sum(), (g.abs().sum(dim) * counts).sum()
-        if bool(size > 0) and bool(total > _slack(gradients.dtype) * size):
+        lost = g.shape[dim] * counts.sum() * _underflow(gradients.dtype)  # entries may have vanished
+        if bool(size > 0) and bool(total > _slack(gradients.dtype) * size + lost):
             return (
                 "the output gradient of a cross-entropy sums to zero over the classes, that of this loss does not "
                 f"(|sum| / sum of |entries| = {float(total / size):.2g})"
@@ -436,6 +438,17 @@ def _signs(shape: list[int], outputs: Tensor, generator: torch.Generator | None)
 def _slack(dtype: torch.dtype) -> float:
     """Rounding that a row of output gradients may carry, relative to the sum of its entries."""
     return 0.1 if dtype in (torch.float16, torch.bfloat16) else 1e-2
+
+
+def _unsure(dtype: torch.dtype) -> float:
+    """Probability mass beside the top label from which ``p - y``, computed in this dtype, is more than rounding."""
+    return max(UNSURE, 32 * torch.finfo(dtype).eps)
+
+
+def _underflow(dtype: torch.dtype) -> float:
+    """Size up to which an entry of a gradient in this dtype becomes zero."""
+    info = torch.finfo(dtype)
+    return info.tiny * info.eps
 
 
 def _in_front_of_log_softmax(outputs: Tensor, gradients: Tensor, dim: int) -> Tensor:

@@ -227,3 +227,25 @@ def test_the_scale_of_the_users_loss_is_read_off_its_output_gradient(scale):
     )
     assert Bernoulli().gradient_scale(f, g) == pytest.approx(scale, rel=1e-12)
     assert Gaussian().gradient_scale(f, g) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 3, 1000])
+@pytest.mark.parametrize("labels", ["likely", "unlikely", "random"])
+def test_saturated_logits_leave_rounding_and_no_contradiction(dtype, classes, labels):
+    """Beside a certain label the gradient of a cross-entropy is rounding errors, or has underflown: no sum to judge by."""
+    for size in (1, 20, 50, 1e2, 1e4):
+        for seed, batch in itertools.product(range(3), (1, 32)):
+            f = (torch.randn(batch, classes, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+            targets = {"likely": f.argmax(1), "unlikely": f.argmin(1)}.get(labels, torch.arange(batch) % classes)
+            f.requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(f, targets), f)
+            if f.isfinite().all() and g.isfinite().all():
+                assert Categorical().contradiction(f.detach(), g) is None, (size, seed, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_squared_error_contradicts_the_categorical_likelihood_in_every_precision(dtype):
+    f = outputs_for(32, 4).to(dtype).requires_grad_()
+    (g,) = torch.autograd.grad(F.mse_loss(f, torch.rand(32, 4).to(dtype)), f)
+    assert Categorical().contradiction(f.detach(), g) is not None

@@ -29,6 +29,8 @@ class ComparisonConfig:
     Attributes:
         optimizers: who takes part, with ranges to search; each gets ``search.num_trials`` trials.
         defaults: optimizers that run once more with their default hyper-parameters, nothing searched.
+        shortened: optimizers that take part once more, searched for and trained with this share of the steps: a
+            schedule that ends at zero shows what a loss costs only to runs that were planned for it.
         reference: its final training loss is the target for all.
         num_seeds: runs at the best setting, with seeds ``seed, seed + 1, …``.
         out: folder of everything; ``keep``: folder for the small summary (None: only below ``out``).
@@ -40,6 +42,7 @@ class ComparisonConfig:
     optimizers: dict[str, OptimizerConfig]
     search: SearchConfig = field(default_factory=SearchConfig)
     defaults: list[str] = field(default_factory=lambda: ["kfac", "ekfac"])
+    shortened: dict[str, float] = field(default_factory=dict)
     reference: str = "adamw"
     num_seeds: int = 3
     seed: int = 0
@@ -59,24 +62,36 @@ class ComparisonConfig:
             raise ConfigError(
                 f"key 'reference' must be one of the optimizers ({', '.join(self.optimizers)}), got '{self.reference}'."
             )
+        for name, share in self.shortened.items():
+            if name not in self.optimizers:
+                raise ConfigError(f"shortened: '{name}' is none of the optimizers ({', '.join(self.optimizers)}).")
+            if not 0 < share < 1:
+                raise ValueError(f"shortened: the share of the steps must be in (0, 1), got {share} for {name}")
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be >= 1, got {self.num_seeds}")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One optimizer with its settings and its runs, one per seed; ``search`` is None for default settings."""
+    """One optimizer with its settings and its runs, one per seed.
+
+    Attributes:
+        search: None for default settings.
+        share: of the task's steps.
+    """
 
     name: str
     optimizer: str
     settings: dict[str, Any]
     runs: list[History]
     search: SearchResult | None
+    share: float = 1.0
 
     @property
     def label(self) -> str:
         """How it is called in tables and figures."""
-        return label(self.optimizer) + ("" if self.search is not None else " (defaults)")
+        remark = "" if self.share == 1 else f" ({self.share:g} of the steps)"
+        return label(self.optimizer) + (remark if self.search is not None else " (defaults)")
 
 
 def run_comparison(config: ComparisonConfig) -> list[Contestant]:
@@ -86,17 +101,19 @@ def run_comparison(config: ComparisonConfig) -> list[Contestant]:
     folder = config.out / config.name
     storage = config.storage or str(folder / "search.sqlite3")
     names = _applicable(config, task)
+    entries = [(name, 1.0) for name in names] + [(name, config.shortened[name]) for name in names if name in config.shortened]
     if config.storage is None:
         folder.mkdir(parents=True, exist_ok=True)
-    studies = {name: _study_name(config, name) for name in names}
-    done = sum(min(num_finished_trials(study, storage), config.search.num_trials) for study in studies.values())
-    total = len(names) * (config.search.num_trials + config.num_seeds) + len(config.defaults) * config.num_seeds
+    studies = [_study_name(config, name, share) for name, share in entries]
+    done = sum(min(num_finished_trials(study, storage), config.search.num_trials) for study in studies)
+    total = len(entries) * (config.search.num_trials + config.num_seeds) + len(config.defaults) * config.num_seeds
     contestants = []
     with progress(total, config.name, done=done) as display:
-        for name in names:
-            found = _search(config, task, name, studies[name], storage, display)
-            runs = _run_seeds(config, task, name, name, found.settings, folder, display)
-            contestants.append(Contestant(name, name, found.settings, runs, found))
+        for (optimizer, share), study in zip(entries, studies, strict=True):
+            name = optimizer if share == 1 else f"{optimizer}-{share:g}"
+            found = _search(config, task, optimizer, share, study, storage, display)
+            runs = _run_seeds(config, task, name, optimizer, found.settings, folder, display, share)
+            contestants.append(Contestant(name, optimizer, found.settings, runs, found, share))
         for name in config.defaults:
             runs = _run_seeds(config, task, f"{name}-defaults", name, {}, folder, display)
             contestants.append(Contestant(f"{name}-defaults", name, {}, runs, None))
@@ -107,10 +124,10 @@ def _applicable(config: ComparisonConfig, task: Task) -> list[str]:
     return [name for name in config.optimizers if name != "muon" or muon_applies(task.build_model(config.seed))]
 
 
-def _study_name(config: ComparisonConfig, name: str) -> str:
+def _study_name(config: ComparisonConfig, name: str, share: float = 1.0) -> str:
     """Another task, range or seed is another study: old trials must not be taken for new ones."""
     identity = [resolved(config.task), resolved(config.optimizers[name]), config.search.seed, config.device]
-    identity += [config.search.training_seeds, default_settings(name)]
+    identity += [config.search.training_seeds, default_settings(name), *([] if share == 1 else [share])]
     return f"{config.name}-{name}-{fingerprint(identity)}"
 
 
@@ -121,14 +138,18 @@ def _factory(config: ComparisonConfig, optimizer: str, settings: dict[str, Any],
     return build
 
 
+def _num_steps(config: ComparisonConfig, share: float) -> int:
+    return max(1, round(share * config.task.steps))
+
+
 def _search(
-    config: ComparisonConfig, task: Task, name: str, study: str, storage: str, display: Progress
+    config: ComparisonConfig, task: Task, name: str, share: float, study: str, storage: str, display: Progress
 ) -> SearchResult:
-    seeds = config.search.training_seeds
+    seeds, steps = config.search.training_seeds, _num_steps(config, share)
     initial_loss = task.evaluate(task.build_model(seeds[0]), "train").loss
 
     def objective(settings: dict[str, Any]) -> float:
-        runs = (train(task, _factory(config, name, settings, seed), seed, with_test=False) for seed in seeds)
+        runs = (train(task, _factory(config, name, settings, seed), seed, steps=steps, with_test=False) for seed in seeds)
         return sum(run.final_loss for run in runs) / len(seeds)
 
     return search(
@@ -150,17 +171,17 @@ def _run_seeds(
     settings: dict[str, Any],
     folder: Path,
     display: Progress,
+    share: float = 1.0,
 ) -> list[History]:
     runs = []
     for seed in range(config.seed, config.seed + config.num_seeds):
         path = folder / "runs" / f"{name}-seed{seed}.json"
-        identity = fingerprint(
-            [resolved(config.task), default_settings(optimizer), settings, seed, config.device, config.threads]
-        )
+        described = [resolved(config.task), default_settings(optimizer), settings, seed, config.device, config.threads]
+        identity = fingerprint([*described, *([] if share == 1 else [share])])
         if path.is_file() and read_json(path)["identity"] == identity:
             history = History.from_dict(read_json(path)["history"])
         else:
-            history = train(task, _factory(config, optimizer, settings, seed), seed)
+            history = train(task, _factory(config, optimizer, settings, seed), seed, steps=_num_steps(config, share))
             content = {"identity": identity, "optimizer": optimizer, "settings": settings, "seed": seed}
             write_json(path, {**content, "history": history.to_dict()})
             if config.tensorboard:

@@ -154,6 +154,8 @@ def test_shipped_configs_are_valid(kind: type, path: Path):
         (("optimizers.rmsprop", {}), "unknown optimizer 'rmsprop'; allowed: sgd, adamw"),
         (("optimizers.sgd.search.lr", {"low": 1.0, "high": 0.1}), r"optimizers\.sgd\.search\.lr: .*low < high"),
         (("optimizers.sgd.search.lr", {"low": 0.0, "high": 0.1, "log": True}), "logarithmic range needs low > 0"),
+        (("shortened", {"lion": 0.5}), r"shortened: 'lion' is none of the optimizers \(sgd, adamw"),
+        (("shortened", {"kfac": 1.5}), r"share of the steps must be in \(0, 1\), got 1.5 for kfac"),
         (("num_seeds", 0), "num_seeds must be >= 1, got 0"),
         (("search.num_trials", 0), "num_trials must be >= 1, got 0"),
         (("task.steps", 0), "task: steps must be >= 1, got 0"),

@@ -132,6 +132,21 @@ def test_targets_and_reach_are_those_of_the_reference(tmp_path: Path):
     assert adamw["reach_best_steps"][adamw["final_loss"].index(content["best_target"])] <= 12
 
 
+def test_a_shortened_run_has_a_search_and_a_schedule_of_its_own(tmp_path: Path, counted_training: list[int]):
+    arguments = ["--config", write(tmp_path, COMPARISON), "--out", str(tmp_path / "out"), "--defaults", "[]"]
+    compare_optimizers.main([*arguments, "--task.schedule", "{name: linear, final: 0.0}"])
+    first = len(counted_training)
+    compare_optimizers.main([*arguments, "--task.schedule", "{name: linear, final: 0.0}", "--shortened", "{kfac: 0.5}"])
+    assert len(counted_training) == first + 2 + 2  # the others are not touched
+    content = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
+    names = [summary["name"] for summary in content["summaries"]]
+    assert names == ["sgd", "adamw", "kfac", "ekfac", "kfac-0.5"]
+    assert content["summaries"][-1]["label"] == "KFAC (0.5 of the steps)"
+    assert content["summaries"][-1]["num_trials"] == 2
+    full, half = (json.loads((tmp_path / f"out/tiny/runs/{n}-seed0.json").read_text()) for n in ("kfac", "kfac-0.5"))
+    assert (full["history"]["steps"][-1], half["history"]["steps"][-1]) == (12, 6)
+
+
 def test_medians_over_seeds_count_a_miss_as_never():
     assert median_reach([10, None, 20]) == 20
     assert median_reach([10, None, None]) is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 from benchmarks.common.config import ConfigError
 
 Objective = Callable[[dict[str, Any]], float]
+OWNER = "owner"  # user attribute of a trial: the process that runs it
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ def search(
 ) -> SearchResult:
     """Minimises ``objective(settings)`` with the tree-structured Parzen estimator of optuna.
 
-    Finished trials in ``storage`` count towards the budget; a trial that was cut off is run again.
+    Finished trials in ``storage`` count towards the budget; a trial that was cut off is run again. Several processes of one
+    machine may share a search: each trial carries a mark of its process, and only the trials of dead ones are run again. At
+    the end a process waits for the trials that others still run. (Trials of other machines are neither awaited nor repeated.)
 
     Args:
         name: of the study; one storage holds many.
@@ -100,20 +106,29 @@ def search(
     if not optimizer.search:
         raise ConfigError(f"optimizers.{name}.search is empty: name at least one setting to search.")
     study = optuna.create_study(study_name=name, storage=_storage_url(storage), load_if_exists=True)
-    _retry_unfinished(study)
-    while (number := _num_finished(study)) < config.num_trials:
+    owner = owner_mark()
+    while (finished := _num_finished(study)) < config.num_trials:
+        number = finished + _num_running(study)  # of others: this process runs none here
+        if number >= config.num_trials:
+            time.sleep(1.0)
+            continue
         # A sampler of its own for each trial: an interrupted search continues as it would have gone on.
         study.sampler = optuna.samplers.TPESampler(seed=config.seed + number, n_startup_trials=5, multivariate=True)
         if number == 0 and optimizer.start:
             study.enqueue_trial(optimizer.start, skip_if_exists=True)
         trial = study.ask()
+        trial.set_user_attr(OWNER, owner)
         settings = {**optimizer.fixed, **_suggest(trial, optimizer.search)}
-        value = objective(settings)
+        try:
+            value = objective(settings)
+        except BaseException:
+            _retry(study, trial.number, trial.params)
+            raise
         trial.set_user_attr("diverged", not math.isfinite(value))
         study.tell(trial, min(value, worst) if math.isfinite(value) else worst)
         on_trial()
-    finished = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
-    trials = [{"params": t.params, "value": t.value, "diverged": t.user_attrs.get("diverged", False)} for t in finished]
+    complete = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+    trials = [{"params": t.params, "value": t.value, "diverged": t.user_attrs.get("diverged", False)} for t in complete]
     return SearchResult({**optimizer.fixed, **study.best_params}, study.best_value, trials)
 
 
@@ -142,14 +157,50 @@ def _num_finished(study: Any) -> int:
     return sum(1 for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE)
 
 
-def _retry_unfinished(study: Any) -> None:
-    """Trials that a killed process left behind are closed and queued again with the same values."""
+def owner_mark(pid: int | None = None) -> str:
+    """The mark of a process of this machine (None: this one), with its start: numbers are used again."""
+    import psutil
+
+    return f"{socket.gethostname()} {pid or os.getpid()} {psutil.Process(pid).create_time():.2f}"
+
+
+def _lives(owner: str) -> bool:
+    """Whether a process of this machine is still there."""
+    import psutil
+
+    _, pid, started = owner.rsplit(" ", 2)
+    try:
+        process = psutil.Process(int(pid))
+        return f"{process.create_time():.2f}" == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _num_running(study: Any) -> int:
+    """Trials that live processes of this machine run; those that dead ones left behind are queued again."""
     import optuna
 
+    running = 0
     for trial in study.get_trials(deepcopy=False):
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+        owner = trial.user_attrs.get(OWNER, "")
+        if trial.state != optuna.trial.TrialState.RUNNING or not owner.startswith(f"{socket.gethostname()} "):
+            continue
+        if _lives(owner):
+            running += 1
+        else:
+            _retry(study, trial.number, trial.params)
+    return running
+
+
+def _retry(study: Any, number: int, params: Mapping[str, Any]) -> None:
+    """Closes a trial and queues its values again."""
+    import optuna
+
+    try:
+        study.tell(number, state=optuna.trial.TrialState.FAIL)
+    except ValueError:
+        return  # another process was faster
+    study.enqueue_trial(dict(params))
 
 
 def _suggest(trial: Any, ranges: Mapping[str, SearchRange]) -> dict[str, Any]:

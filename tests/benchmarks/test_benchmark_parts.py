@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from urllib.error import URLError
 
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from benchmarks.common.memory import peak_bytes
 from benchmarks.common.models import build_model
 from benchmarks.common.optimizers import build_optimizer, hidden_matrices, muon_applies, state_bytes
 from benchmarks.common.page import Figure, Section, Table, write_page
-from benchmarks.common.search import OptimizerConfig, SearchConfig, SearchRange, search
+from benchmarks.common.search import OWNER, OptimizerConfig, SearchConfig, SearchRange, owner_mark, search
 from benchmarks.common.tasks import ScheduleConfig
 from benchmarks.common.timing import Timed, cycle_ratio, interleave, percentile
 
@@ -210,6 +212,41 @@ def test_a_trial_cut_off_by_a_kill_is_run_again_with_its_values(tmp_path: Path):
     resumed = search("a", optimizer, SearchConfig(2), bowl, storage=tmp_path / "b.sqlite3", worst=100.0)
     straight = search("a", optimizer, SearchConfig(2), bowl, storage=tmp_path / "a.sqlite3", worst=100.0)
     assert [t["params"] for t in resumed.trials] == [t["params"] for t in straight.trials]
+
+
+def test_processes_that_share_a_search_leave_each_others_trials_alone(tmp_path: Path):
+    """A trial of a live process counts and is waited for; when the process dies its values are run again."""
+    storage, optimizer = tmp_path / "a.sqlite3", OptimizerConfig(search={"lr": LR})
+    search("a", optimizer, SearchConfig(1), bowl, storage=storage, worst=100.0)
+    study = optuna.load_study(study_name="a", storage=f"sqlite:///{storage}")
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        foreign = study.ask()
+        foreign.set_user_attr(OWNER, owner_mark(other.pid))
+        lr = foreign.suggest_float("lr", LR.low, LR.high, log=True)
+        seen = []
+
+        def when_done() -> None:
+            seen.append(study.get_trials()[foreign.number].state)
+            other.kill()
+            other.wait()
+
+        found = search("a", optimizer, SearchConfig(3), bowl, storage=storage, worst=100.0, on_trial=when_done)
+    finally:
+        other.kill()
+        other.wait()
+    assert seen == [optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.FAIL]
+    assert len(found.trials) == 3
+    assert found.trials[-1]["params"] == {"lr": lr}
+
+
+def test_trials_of_other_machines_are_left_alone(tmp_path: Path):
+    storage, optimizer = tmp_path / "a.sqlite3", OptimizerConfig(search={"lr": LR})
+    study = optuna.create_study(study_name="a", storage=f"sqlite:///{storage}")
+    foreign = study.ask()
+    foreign.set_user_attr(OWNER, "elsewhere 1 0.00")
+    assert len(search("a", optimizer, SearchConfig(1), bowl, storage=storage, worst=100.0).trials) == 1
+    assert study.get_trials()[foreign.number].state == optuna.trial.TrialState.RUNNING
 
 
 def test_diverged_trials_are_results(tmp_path: Path):

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from kfac_opt.curvature.block import Damping, State
-from kfac_opt.curvature.collector import Collector, FisherKind
+from kfac_opt.curvature.collector import Collector
 from kfac_opt.distributed import active_group, rank
-from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
+from kfac_opt.likelihoods import Likelihood, make_likelihood
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.estimation import Estimation
-from kfac_opt.optim.loading import by_number, check_saved, install_saved
 from kfac_opt.optim.options import derive_seed, seeded
+from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, track
 from kfac_opt.optim.views import CurvatureMapping, CurvatureView
 
@@ -30,48 +27,6 @@ LABELS = 1  # purpose numbers of derived seeds
 INTERVALS = ("factor_interval", "inverse_interval")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedOptimizer]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class CurvatureOptions:
-    """What holds for all parameter groups of an optimizer; see :class:`kfac_opt.KFAC` for the meanings."""
-
-    likelihood: Likelihood | LikelihoodName = "categorical"
-    fisher: FisherKind = "mc"
-    label_samples: int = 1
-    damping_style: Literal["factored", "exact"] = "factored"
-    damping_scale: Literal["relative", "absolute"] = "relative"
-    ramp_steps: int = 10
-    refresh: Literal["staggered", "together", "async"] = "staggered"
-    weight_sharing: Literal["expand", "reduce"] = "expand"
-    max_factor_dim: int = 8192
-    outputs: Callable[[Any], Any] | None = None
-    loss_reduction: Literal["mean", "sum"] = "mean"
-    factor_dtype: torch.dtype = torch.float32
-    inverse_dtype: torch.dtype | None = None
-    foreach: bool | None = None
-    process_group: ProcessGroup | None = None
-
-    def check(self, owner: str) -> None:
-        for name, allowed in checks.CHOICES.items():
-            checks.check_choice(owner, name, getattr(self, name), allowed)
-        checks.check_count(owner, "label_samples", self.label_samples)
-        checks.check_count(owner, "ramp_steps", self.ramp_steps, low=0)
-        checks.check_count(owner, "max_factor_dim", self.max_factor_dim)
-        if self.factor_dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{owner}: factor_dtype must be torch.float32 or torch.float64, got {self.factor_dtype}. Factors in half "
-                "precision are not positive definite; model and inputs may be."
-            )
-        if self.inverse_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(
-                f"{owner}: inverse_dtype must be None (as the factors), torch.bfloat16, torch.float32 or torch.float64, got "
-                f"{self.inverse_dtype}. Half precision (float16) overflows: inverses are as large as 1 / damping."
-            )
-        if self.foreach is not None:
-            checks.check_switch(owner, "foreach", self.foreach)
-        if self.outputs is not None and not callable(self.outputs):
-            raise TypeError(f"{owner}: outputs must be a function of the model's output, got {self.outputs!r}")
 
 
 class AttachedOptimizer(Optimizer):
@@ -176,6 +131,7 @@ class AttachedOptimizer(Optimizer):
             options.process_group,
             background=options.refresh == "async",
         )
+        self._built_for = [group["curvature"] for group in self.param_groups]
         views = {name: self._view(name, tracked) for name, tracked in self._tracked.items()}
         self._views = CurvatureMapping(views)
 
@@ -218,29 +174,6 @@ class AttachedOptimizer(Optimizer):
             )
         return self._model
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self._model is not None:
-            self._drain()
-        state = super().__getstate__()
-        state["_base_seed"] = self._base_seed
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_model", None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AttachedOptimizer:
-        """With the model in the same ``deepcopy((model, optimizer))`` a working pair, alone a detached optimizer."""
-        model = memo.get(id(self._model)) if self._model is not None else None
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if model is not None:
-            copied._options, copied._likelihood, copied._flat = self._options, self._likelihood, set(self._flat)
-            copied._checked_unused = self._checked_unused
-            copied._attach(model)
-        return copied
-
     # -- reading ------------------------------------------------------------------------------------------------
 
     @property
@@ -274,6 +207,27 @@ class AttachedOptimizer(Optimizer):
     def _damping(self, tracked: TrackedBlock) -> Damping:
         """Damping in force for a block."""
         return Damping(float(self.param_groups[tracked.group]["damping"]), self._options.damping_scale == "relative")
+
+    def _check_groups(self) -> None:
+        """What a user or a scheduler wrote into the groups since the last step.
+
+        Raises:
+            ValueError: for values out of range, and for what decides which blocks there are.
+        """
+        owner = type(self).__name__
+        if len(self.param_groups) != len(self._built_for):
+            raise ValueError(
+                f"{owner}: there are {len(self.param_groups)} parameter groups, but the blocks were made for "
+                f"{len(self._built_for)}. Add groups with add_param_group()."
+            )
+        for number, (group, built) in enumerate(zip(self.param_groups, self._built_for)):
+            checks.check_group(owner, group, zero_damping=self.zero_damping)
+            if group["curvature"] != built:
+                raise ValueError(
+                    f"{owner}: the curvature of parameter group {number} was changed to {group['curvature']!r}, but its blocks "
+                    f"are of kind {built!r}. Set it back, or detach() this optimizer and build {owner}(model, ...) with the "
+                    "curvature you want."
+                )
 
     # -- contexts -----------------------------------------------------------------------------------------------
 
@@ -309,26 +263,9 @@ class AttachedOptimizer(Optimizer):
     def _states(self) -> dict[str, State]:
         return {name: self.state[tracked.weight]["curvature"] for name, tracked in self._tracked.items()}
 
-
     def _known_states(self) -> dict[str, State]:
         known = {name: self._block_state(tracked) for name, tracked in self._tracked.items()}
         return {name: state for name, state in known.items() if state is not None}
-
-    def _init_state(self) -> None:
-        """Every key of every parameter, so that the state is all there or not at all."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(float(self._step_count()))
-                    state["seed"] = torch.tensor(self._base_seed, dtype=torch.int64)
-                if float(group["momentum"]) > 0.0 and "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        for tracked in self._tracked.values():
-            state = self.state[tracked.weight]
-            if "curvature" not in state:
-                state["curvature"] = tracked.block.init_state(tracked.weight.device)
-
 
     def _as_armed(self) -> list[dict[str, Any]]:
         """Groups with the intervals that the hooks were set by: one that is changed later counts from the next step."""
@@ -350,61 +287,9 @@ class AttachedOptimizer(Optimizer):
             states[name] = state if stays else None
         self._collector.attach(due, states)
 
-
-    # -- saving -------------------------------------------------------------------------------------------------
-
     def _drain(self) -> None:
         """Puts refreshes in force that run beside the loop."""
         self._estimation.drain(self._known_states(), self._damping)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; with ``refresh="async"`` refreshes under way are waited for and come into force first."""
-        if self._model is not None:
-            self._drain()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a ``state_dict``: tensors are copied and keep their dtypes; pending passes are dropped.
-
-        Parameter names (as distributed checkpoints write them) and numbers are both understood.
-        """
-        seen: list[dict[str, Any]] = []
-
-        def check(_: Optimizer, given: dict[str, Any]) -> None:
-            blocks = {id(entry.weight): entry for entry in self._tracked.values()} if self._model is not None else {}
-            check_saved(type(self).__name__, given, self.param_groups, self.defaults, blocks)
-            seen.append(given)
-
-        # Last of the pre-hooks, so that it sees what the others made; first of the post-hooks, so that they see
-        # our tensors and not torch's, which are cast to the dtype of the parameter.
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._install(seen[-1]), prepend=True)
-        try:
-            super().load_state_dict(by_number(state_dict, self._model, self.param_groups))
-        finally:
-            before.remove()
-            after.remove()
-
-    def _install(self, saved: dict[str, Any]) -> None:
-        if self._model is not None:
-            self._estimation.forget()
-        install_saved(self, saved)
-        seeds = [state["seed"] for state in self.state.values() if "seed" in state]
-        if seeds:
-            self._base_seed = int(seeds[0])
-        if self._model is None:
-            return
-        self._retrack_flat([])  # the saved groups say which curvature they have
-        flat = [
-            name
-            for name, entry in self._tracked.items()
-            if entry.module is not None and "diagonal" in self.state.get(entry.weight, {}).get("curvature", {})
-        ]
-        if flat:
-            self._retrack_flat(flat)
-        self._checked_unused = self._step_count() > 0
-        self._collector.reset()
-        self._arm()
 
     def _retrack_flat(self, names: list[str]) -> None:
         """Layers that are used through their weights only get diagonal blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from kfac_opt.curvature.collector import full_precision
 from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.optim import options as checks
-from kfac_opt.optim.attached import AttachedOptimizer
+from kfac_opt.optim.saved import SavedOptimizer
 from kfac_opt.optim.tracking import TrackedBlock, describe_unused
 from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
 
 
-class CurvatureOptimizer(AttachedOptimizer):
+class CurvatureOptimizer(SavedOptimizer):
     """Estimates the curvature of the model it is attached to and preconditions its gradient.
 
     Not used by itself: :class:`kfac_opt.KFAC` and :class:`kfac_opt.KFACVI` are its two faces.
@@ -36,8 +37,10 @@ class CurvatureOptimizer(AttachedOptimizer):
         Raises:
             RuntimeError: when an estimate is due and the model's forward was not seen although there are
                 gradients; when the gradients were already preconditioned; when detached.
+            ValueError: for values that were written into the groups and are out of range, or decide which blocks there are.
         """
         self._require_model()
+        self._check_groups()
         self._refuse_step()
         loss = self._evaluate(closure) if closure is not None else None
         with torch.no_grad(), self._outside_autocast():
@@ -73,6 +76,7 @@ class CurvatureOptimizer(AttachedOptimizer):
         gradients afterwards is an error.
         """
         self._require_model()
+        self._check_groups()
         self._refuse_step()
         self._refuse_written()
         with self._outside_autocast():
@@ -86,7 +90,7 @@ class CurvatureOptimizer(AttachedOptimizer):
                     self._written.append((weakref.ref(parameter.grad), parameter.grad._version))
         self._arm()
 
-    def _outside_autocast(self) -> torch.autocast:
+    def _outside_autocast(self) -> AbstractContextManager[object]:
         """A loop may call ``step()`` inside its autocast block, where products of matrices are cast down."""
         return full_precision(next(p for group in self.param_groups for p in group["params"]).device)
 
@@ -201,6 +205,8 @@ class CurvatureOptimizer(AttachedOptimizer):
         for parameter in group["params"]:
             gradient = None if id(parameter) in covered else self._gradient(group, "?", parameter, raw=raw)
             if gradient is not None:
+                if group["curvature"] != "identity" and gradient is parameter.grad:
+                    gradient = gradient.clone()  # directions are scaled in place, the user's gradients are not
                 found.add(parameter, gradient, found.num_blocks - 1)
         return found
 
@@ -234,7 +240,14 @@ class CurvatureOptimizer(AttachedOptimizer):
         updates = self._before_momentum(group, found.parameters, updates, lr)
         if float(group["momentum"]) > 0.0:
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in found.parameters]
-            updates = momentum_(updates, buffers, self._momentum(group), nesterov=group["nesterov"], foreach=foreach)
+            updates = momentum_(
+                updates,
+                buffers,
+                self._momentum(group),
+                nesterov=group["nesterov"],
+                foreach=foreach,
+                reuse=group["curvature"] != "identity",  # whose directions are the gradients themselves
+            )
         if trust_region and group["max_relative_update"] is not None and found.num_blocks:
             bound_updates_(updates, found, lr, float(group["max_relative_update"]))
         apply_(found.parameters, updates, lr, self._decay(group, lr), foreach=foreach)

@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
-from kfac_opt.optim.attached import CurvatureOptions
 from kfac_opt.optim.base import CurvatureOptimizer
 from kfac_opt.optim.options import check_number
 from kfac_opt.optim.posteriors import build_posterior, parameter_names, posterior_blocks
+from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.posterior import Posterior, Width
 
 

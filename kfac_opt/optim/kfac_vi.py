@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
-from kfac_opt.optim.attached import CurvatureOptions
 from kfac_opt.optim.draws import VariationalOptions
+from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.optim.variational import VariationalOptimizer
 from kfac_opt.posterior import PosteriorDamping
 

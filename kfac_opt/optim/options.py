@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ def check_number(owner: str, name: str, value: object, *, low: float, high: floa
     open_low, open_high = bounds.get("open_low", False), bounds.get("open_high", False)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number:
-        number = float(value)  # type: ignore[arg-type]
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's scalars as well
+        number = float(value)
         inside = (number > low if open_low else number >= low) and (number < high if open_high else number <= high)
         if math.isfinite(number) and inside:
             return
@@ -45,7 +45,7 @@ def check_number(owner: str, name: str, value: object, *, low: float, high: floa
 
 
 def check_count(owner: str, name: str, value: object, *, low: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"{owner}: {name} must be an integer >= {low}, got {value!r}")
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.optim import options as checks
-from kfac_opt.optim.attached import CurvatureOptions
 from kfac_opt.optim.base import CurvatureOptimizer
 from kfac_opt.optim.draws import EVALUATION, Sampler, VariationalOptions, write_draw_
 from kfac_opt.optim.options import derive_seed, seeded
 from kfac_opt.optim.output_noise import choose_layers
 from kfac_opt.optim.passes import GradientMean, kept_batch_statistics
 from kfac_opt.optim.posteriors import parameter_names, posterior_blocks, safe_floor
+from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.posterior import PosteriorBlock, Width, correlated_noise, restored_weights
 

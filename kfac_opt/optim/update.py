@@ -51,6 +51,9 @@ class Directions:
 
 def _gathered(scalars: Sequence[Tensor]) -> list[Tensor]:
     """0-dim tensors on one device and in one dtype, single precision or better."""
+    kinds = {(scalar.dtype, scalar.device) for scalar in scalars}
+    if len(kinds) == 1 and scalars[0].dtype in (torch.float32, torch.float64):
+        return list(scalars)
     dtype = torch.float64 if any(scalar.dtype == torch.float64 for scalar in scalars) else torch.float32
     return [scalar.to(scalars[0].device, dtype) for scalar in scalars]
 
@@ -67,6 +70,8 @@ def kl_clip_factor(inner: Tensor, lr: float, kl_clip: float) -> Tensor:
 
 def multiply_(tensors: list[Tensor], factor: Tensor, *, foreach: bool) -> None:
     """Multiplies every tensor by one 0-dim factor, in place."""
+    if factor.device.type == "cpu" and float(factor) == 1.0:
+        return  # a device must not be waited for: there the product by one is taken
     if foreach and all(tensor.dtype == factor.dtype and tensor.device == factor.device for tensor in tensors):
         torch._foreach_mul_(tensors, factor)
         return
@@ -75,14 +80,20 @@ def multiply_(tensors: list[Tensor], factor: Tensor, *, foreach: bool) -> None:
 
 
 def momentum_(
-    directions: list[Tensor], buffers: list[Tensor], momentum: float, *, nesterov: bool, foreach: bool
+    directions: list[Tensor], buffers: list[Tensor], momentum: float, *, nesterov: bool, foreach: bool, reuse: bool
 ) -> list[Tensor]:
-    """``buf ← momentum · buf + d``; returns ``buf``, or with Nesterov ``d + momentum · buf``, as torch's SGD does."""
+    """``buf ← momentum · buf + d``; returns ``buf``, or with Nesterov ``d + momentum · buf``, as torch's SGD does.
+
+    ``reuse``: the result of Nesterov's rule takes the place of the directions.
+    """
     if not directions:
         return []
     if foreach:
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, directions)
+        if nesterov and reuse:
+            torch._foreach_add_(directions, buffers, alpha=momentum)
+            return directions
         if nesterov:
             return list(torch._foreach_add(directions, buffers, alpha=momentum))
         return [buffer.clone() for buffer in buffers]  # the bound shortens updates, not the buffer
@@ -100,15 +111,31 @@ def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_rela
     """
     if not updates or lr == 0.0:
         return
-    device = updates[0].device
-    index = _on_device(tuple(found.blocks), torch.int64, device)
-    squares = torch.stack(_gathered(torch._foreach_norm([*updates, *found.parameters]))).square().unflatten(0, (2, len(updates)))
-    total = squares.new_zeros(2, found.num_blocks).index_add_(1, index, squares).sqrt()
-    floor = RELATIVE_FLOOR * _on_device(tuple(found.out_dims), squares.dtype, device).sqrt()
-    allowed = max_relative_update * torch.maximum(total[1], floor)
-    factors = (allowed / (lr * total[0]).clamp_min(torch.finfo(squares.dtype).tiny)).clamp_max(1.0)
-    for update, factor in zip(updates, factors[index].unbind()):
+    on_host = updates[0].device.type == "cpu"  # where looking at a number is free, what changes nothing is left out
+    lengths = lr * _block_norms(updates, found)
+    floor = RELATIVE_FLOOR * _on_device(tuple(found.out_dims), lengths.dtype, lengths.device).sqrt()
+    if on_host and bool((lengths <= max_relative_update * floor).all()):
+        return
+    allowed = max_relative_update * torch.maximum(_block_norms(found.parameters, found), floor)
+    factors = (allowed / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1.0)
+    if on_host:
+        numbers = factors.tolist()
+        for update, block in zip(updates, found.blocks):
+            if numbers[block] != 1.0:
+                update.mul_(factors[block].to(update.dtype))
+        return
+    for update, factor in zip(updates, factors[_block_index(found, factors.device)].unbind()):
         update.mul_(factor.to(update.device, update.dtype))
+
+
+def _block_norms(tensors: list[Tensor], found: Directions) -> Tensor:
+    """Norm of each block's tensors together, ``[blocks]``, NaN where there is one."""
+    squares = torch.stack(_gathered(torch._foreach_norm(tensors))).square_()
+    return squares.new_zeros(found.num_blocks).index_add_(0, _block_index(found, squares.device), squares).sqrt_()
+
+
+def _block_index(found: Directions, device: torch.device) -> Tensor:
+    return _on_device(tuple(found.blocks), torch.int64, device)
 
 
 @lru_cache(maxsize=256)

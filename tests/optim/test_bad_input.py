@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,56 @@ def test_ranges_of_a_group_are_checked_too(name, value):
 def test_a_range_error_shows_what_was_found(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be .*{value}"):
         KFAC(mlp(), **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", -0.1), ("momentum", 1.0), ("damping", 0.0), ("inverse_interval", 0)])
+@pytest.mark.parametrize("call", ["step", "precondition_gradients_"])
+def test_values_that_are_written_into_a_group_later_are_checked_before_anything_changes(name, value, call):
+    model = mlp()
+    optimizer = KFAC(model)
+    train_step(optimizer, model, *data())
+    before = weights(model)
+    good, optimizer.param_groups[0][name] = optimizer.param_groups[0][name], value
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    with pytest.raises(ValueError, match=rf"KFAC: {name} must"):
+        getattr(optimizer, call)()
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert optimizer.state[model[0].weight]["step"] == 1
+    optimizer.param_groups[0][name] = good
+    getattr(optimizer, call)()
+
+
+@pytest.mark.parametrize("call", ["step", "precondition_gradients_"])
+def test_a_curvature_written_into_a_group_later_is_refused(call):
+    model = mlp()
+    optimizer = KFAC(model, [{"params": model[0].parameters()}, {"params": model[2].parameters()}])
+    optimizer.param_groups[1]["curvature"] = "eigenbasis"
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    with pytest.raises(ValueError, match=r"(?s)group 1 .*'eigenbasis'.*'kronecker'.*build KFAC\(model"):
+        getattr(optimizer, call)()
+    optimizer.param_groups[1]["curvature"] = "kronecker"
+    getattr(optimizer, call)()
+
+
+def test_a_group_that_was_appended_by_hand_is_refused():
+    model = mlp()
+    optimizer = KFAC(model, model[0].parameters())
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": list(model[2].parameters())})
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    with pytest.raises(ValueError, match=r"2 parameter groups.*for 1.*add_param_group"):
+        optimizer.step()
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = mlp()
+    optimizer = KFAC(model, lr=np.float32(0.1), factor_interval=np.int64(3))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float32(0.5))
+    train_step(optimizer, model, *data())
+    scheduler.step()
+    train_step(optimizer, model, *data())
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="factor_interval must"):
+        KFAC(mlp(), factor_interval=np.float64(3.0))
 
 
 @pytest.mark.parametrize(("name", "word"), WORDS)

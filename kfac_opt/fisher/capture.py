@@ -206,16 +206,18 @@ def _looped_rows(model: FrozenModel, names: list[str], batch: Batch, roots: Sequ
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 
-def audited_blocks(model: FrozenModel, batch: Batch, seed: int = 0) -> tuple[ParameterBlock, ...]:
-    """The model's blocks; those whose layer is not the linear map that its adapter says lose the adapter.
+def audited_blocks(
+    model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch, seed: int = 0
+) -> tuple[ParameterBlock, ...]:
+    """The model's ``blocks``; those whose layer is not the linear map that its adapter says lose the adapter.
 
     A weight used elsewhere too, positions in front of the examples, examples folded into positions, a layer that
     never ran: all of them change the gradient of a randomly weighted sum of the examples' outputs, which the rows
     of a trusted layer must reproduce.
     """
-    linear = tuple(block for block in model.blocks if block.adapter is not None)
+    linear = tuple(block for block in blocks if block.adapter is not None)
     if not linear:
-        return model.blocks
+        return blocks
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(batch.size, generator=generator, dtype=torch.float64)
     with torch.enable_grad():
@@ -240,7 +242,7 @@ def audited_blocks(model: FrozenModel, batch: Batch, seed: int = 0) -> tuple[Par
         rounding = torch.finfo(model.dtype).eps ** 0.5
         if float((found - truth).norm()) <= rounding * max(float(truth.norm()), 1e-30):
             trusted.add(block.name)
-    return tuple(block if block.name in trusted else replace(block, adapter=None) for block in model.blocks)
+    return tuple(block if block.name in trusted else replace(block, adapter=None) for block in blocks)
 
 
 def _shapes_fit(model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch) -> set[str]:

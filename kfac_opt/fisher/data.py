@@ -24,6 +24,12 @@ class Batch:
     targets: Any
     size: int
 
+    @property
+    def example_numel(self) -> int:
+        """Numbers in the inputs of one example."""
+        leaves = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+        return max(1, sum(leaf.numel() for leaf in leaves) // max(1, self.size))
+
     def slice(self, start: int, stop: int) -> Batch:
         """Examples ``start`` to ``stop``."""
         stop = min(stop, self.size)
@@ -57,6 +63,7 @@ class RepeatedData:
 
     def __init__(self, data: Any, owner: str) -> None:
         self.owner = owner
+        _refuse_ambiguous(data, owner)
         self.batches: Iterable[Any] = [data] if _is_single(data) else data
         if not isinstance(self.batches, Iterable):
             raise TypeError(
@@ -171,6 +178,18 @@ def _is_single(data: Any) -> bool:
     if isinstance(data, tuple):
         return data[1] is None or isinstance(data[1], Tensor)
     return all(isinstance(part, Tensor) for part in data) and data[0].shape[:1] == data[1].shape[:1]
+
+
+def _refuse_ambiguous(data: Any, owner: str) -> None:
+    """A list of two tensors that look alike may be a pair or two batches: half of the data must not get lost silently."""
+    if not isinstance(data, list) or not _is_single(data):
+        return
+    left, right = data
+    if left.shape == right.shape and left.dtype == right.dtype:
+        raise ValueError(
+            f"{owner}: data is a list of two tensors of shape {list(left.shape)}: a pair, or two batches? Give the tuple "
+            "(inputs, targets) for a pair, [(first, None), (second, None)] for two batches of inputs."
+        )
 
 
 def _slicer(start: int, stop: int, size: int) -> Callable[[Any], Any]:

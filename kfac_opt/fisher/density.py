@@ -132,7 +132,16 @@ class SpectralDensity:
         return float(gap @ nodes[order].diff())
 
     def errors(self, exact: SpectralDensity) -> SpectralErrors:
-        """How far this estimate is from ``exact``."""
+        """How far this estimate is from ``exact``.
+
+        Raises:
+            ValueError: all eigenvalues of ``exact`` are zero: no relative error.
+        """
+        if not exact.mean > 0:
+            raise ValueError(
+                f"SpectralDensity: the mean eigenvalue to compare with is {exact.mean:g}: relative errors need one above zero. "
+                "Use wasserstein()."
+            )
         return SpectralErrors(
             wasserstein=self.wasserstein(exact) / exact.mean,
             trace=abs(self.moment(1) / exact.moment(1) - 1),
@@ -178,6 +187,8 @@ class SpectralDensity:
             ax.set_ylabel("density")
         else:
             floor = self.default_floor() if floor is None else floor
+            if not floor > 0:
+                raise ValueError(f"SpectralDensity: axis='log' needs a floor > 0, got {floor:g}. Use axis='linear'.")
             points = _log_grid(floor, self.largest) if grid is None else grid
             curve = self.log_density(points, floor)
             ax.plot(points.numpy(), curve.numpy(), label=f"{label} ({self.fraction_below(floor):.1%} below)", **line)

@@ -95,6 +95,8 @@ class FrozenModel:
     """
 
     def __init__(self, model: nn.Module, outputs: Callable[[Any], Any] | None, owner: str) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{owner}: model is {type(model).__name__}, expected a torch.nn.Module.")
         self.module = _unwrapped(model)
         self.outputs, self.owner = outputs, owner
         named = dict(self.module.named_parameters())
@@ -216,8 +218,33 @@ def _differentiable_kernels() -> Iterator[None]:
 
 def pull_back(function: Callable[[Parameters], Tensor], values: Parameters) -> Callable[[Tensor], Parameters]:
     """The vector-Jacobian product of ``function`` at ``values``, as a function of the cotangent."""
-    pull = vjp(function, values)[1]
+    try:
+        pull = vjp(function, values)[1]
+    except RuntimeError as error:
+        if not outside_torch_func(error):
+            raise
+        return _plain_pull_back(function, values)
     return lambda cotangent: cast(Parameters, pull(cotangent)[0])
+
+
+def outside_torch_func(error: RuntimeError) -> bool:
+    """Whether the model holds a ``torch.autograd.Function`` of the older form, which ``torch.func`` cannot transform."""
+    return "setup_context" in str(error)
+
+
+def _plain_pull_back(function: Callable[[Parameters], Tensor], values: Parameters) -> Callable[[Tensor], Parameters]:
+    """:func:`pull_back` by plain automatic differentiation; differentiable in the cotangent."""
+    leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+    with torch.enable_grad():
+        result = function(leaves)
+
+    def pull(cotangent: Tensor) -> Parameters:
+        gradients = torch.autograd.grad(
+            result, list(leaves.values()), cotangent, retain_graph=True, create_graph=cotangent.requires_grad, allow_unused=True
+        )
+        return {name: torch.zeros_like(v) if g is None else g for (name, v), g in zip(leaves.items(), gradients)}
+
+    return pull
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

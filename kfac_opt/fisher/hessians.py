@@ -68,7 +68,13 @@ def second_derivatives(scores: ScoreSource, directions: Tensor) -> Iterator[Tens
                 def along(vector: Tensor) -> Tensor:
                     return jvp(jacobian, (values,), (unflattened(vector),))[1]
 
-                products = torch.vmap(along)(directions)
+                try:
+                    products = torch.vmap(along)(directions)
+                except (RuntimeError, NotImplementedError) as error:
+                    raise ValueError(
+                        f"{OWNER}: the second derivatives of this model cannot be taken ({error}). Leave the second estimator "
+                        "out with second='skip'."
+                    ) from error
                 yield F.pad(products, (0, 0, 1, 0)) if scores.binary else products
 
 

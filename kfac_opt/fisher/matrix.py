@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kfac_opt.fisher.plan import Blocks, RouteName, make_plan
 from kfac_opt.fisher.routes import DenseRoute, StoreRoute, dense_blocks, gram_matrices, make_route
-from kfac_opt.fisher.source import FisherSource, readable
+from kfac_opt.fisher.source import FisherSource, is_number, readable
 from kfac_opt.fisher.stores import Store
 from kfac_opt.fisher.terms import FisherKind
 from kfac_opt.lanczos import TopEigenpairs, drive
@@ -85,10 +85,8 @@ class FisherMatrix:
         _one_of("blocks", blocks, BLOCKS)
         if route is not None:
             _one_of("route", route, ROUTES)
-        if label_samples < 1:
-            raise ValueError(f"FisherMatrix: label_samples must be >= 1, got {label_samples}")
-        if memory_limit < 1:
-            raise ValueError(f"FisherMatrix: memory_limit must be > 0 bytes, got {memory_limit}")
+        if not is_number(label_samples, whole=True) or label_samples < 1:
+            raise ValueError(f"FisherMatrix: label_samples must be a whole number >= 1, got {label_samples!r}")
         if labels is not None and kind != "mc":
             raise ValueError(f"FisherMatrix: labels belong to kind='mc', got kind='{kind}'. Leave labels out.")
         self.kind, self.is_layer_wise = kind, blocks == "layer_wise"
@@ -140,7 +138,7 @@ class FisherMatrix:
     @property
     def num_rows(self) -> int:
         """Rows ``u`` in ``F = (1/N) Σ u uᵀ``: the rank is at most this."""
-        return self._source.num_examples * self._source.columns
+        return self._source.num_rows
 
     @property
     def labels(self) -> Tensor | None:
@@ -191,6 +189,8 @@ class FisherMatrix:
                 f"[{self.shape[0]}, q]."
             )
         columns = vectors.detach().to(self.device, self.dtype)
+        if columns.numel() == 0:
+            return columns
         result = self._route.product(columns.reshape(self.shape[0], -1))
         return result.reshape(columns.shape)
 
@@ -252,8 +252,8 @@ class FisherMatrix:
             tolerance: residual norm relative to the largest eigenvalue; 1e-12 in double, 1e-5 in single precision.
         """
         size = self.shape[0]
-        if not 1 <= k <= size:
-            raise ValueError(f"FisherMatrix: k must be in [1, {size}], got {k}")
+        if not is_number(k, whole=True) or not 1 <= k <= size:
+            raise ValueError(f"FisherMatrix: k must be a whole number in [1, {size}], got {k!r}")
         pairs = self.block_eigenpairs(k, tolerance=tolerance)
         slices = self.block_slices if self.is_layer_wise else {"": slice(0, size)}
         values = torch.cat([found for found, _ in pairs.values()])

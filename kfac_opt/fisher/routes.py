@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from kfac_opt.fisher.frozen import pull_back
+from kfac_opt.fisher.frozen import outside_torch_func, pull_back
 from kfac_opt.fisher.plan import Blocks, Plan
 from kfac_opt.fisher.source import FisherSource
 from kfac_opt.fisher.stores import Store
@@ -127,6 +127,16 @@ def _tangent(
     except NotImplementedError:
         transposed = vjp(pull, torch.zeros_like(logits))[1]
         return cast(Tensor, transposed(tangents)[0])
+    except RuntimeError as error:
+        if not outside_torch_func(error):
+            raise
+        with torch.enable_grad():
+            cotangent = torch.zeros_like(logits).requires_grad_()
+            gradients = pull(cotangent)
+            reached = {name: gradient for name, gradient in gradients.items() if gradient.requires_grad}
+            if not reached:
+                return cotangent.detach()  # these parameters do not reach the outputs
+            return torch.autograd.grad(list(reached.values()), cotangent, [tangents[name] for name in reached])[0]
 
 
 def make_route(source: FisherSource, blocks: Blocks, plan: Plan) -> Route:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class FisherSource:
     Attributes:
         num_terms: ``N``.
         num_examples: examples of the data.
-        columns: rows per example: terms per example × ``K``.
+        columns: rows per example: terms per example × ``K``; of the longest examples where they differ.
+        num_rows: rows of all examples.
         labels: ``[N, m, ...]`` of ``mc``, else None.
         shapes: sizes of the blocks as linear maps.
         pass_chunk: examples that go through the network together.
@@ -50,6 +52,11 @@ class FisherSource:
         memory_limit: int,
         owner: str,
     ) -> None:
+        if not is_number(memory_limit) or memory_limit < 1:
+            raise ValueError(f"{owner}: memory_limit must be a number of bytes > 0, got {memory_limit!r}")
+        memory_limit = int(memory_limit)  # 2e9 is a number of bytes too
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"{owner}: generator is {type(generator).__name__}, expected a torch.Generator or None.")
         self.owner, self.memory_limit = owner, memory_limit
         self.work_bytes = max(memory_limit // WORK_SHARE, 1)
         self.model = FrozenModel(model, outputs, owner)
@@ -57,7 +64,8 @@ class FisherSource:
         self.terms = OutputTerms(likelihood, kind, label_samples, owner)
         self.labels = labels
         self._batch_labels: list[Tensor] = []  # of every batch, masked terms included: [examples, terms · m ...]
-        self.num_examples = self.num_terms = self.pass_chunk = 0
+        self.num_examples = self.num_terms = self.num_rows = self.pass_chunk = 0
+        self.blocks = self.model.blocks
         keeps = self._survey(generator)
         if self.num_terms == 0:
             raise ValueError(f"{owner}: every term of the data is masked. Let the mask keep at least one term.")
@@ -78,8 +86,11 @@ class FisherSource:
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         drawn: list[Tensor] = []
         keeps: list[tuple[Tensor, int]] = []
+        largest = 0
         for batch in self.data:
-            if self.pass_chunk == 0:
+            if batch.example_numel > largest:
+                # The first batch, or one with longer examples than before.
+                largest = batch.example_numel
                 self._measure(batch.slice(0, PROBE).to(self.model.device))
             pieces = [self._surveyed(chunk) for chunk in self.cut(batch, self.pass_chunk)]
             self.num_examples += batch.size
@@ -100,6 +111,7 @@ class FisherSource:
         if self.num_terms == 0:
             self._refuse_dependence(chunk, logits)
         self.num_terms += self.terms.likelihood.num_terms(logits, mask)
+        self.num_rows += self.terms.term_shape(logits).numel() * self.terms.num_columns(logits)
         if self.terms.kind == "empirical":
             self.terms.roots(logits, mask, chunk.targets, None)
         return logits, mask
@@ -115,7 +127,8 @@ class FisherSource:
                 "and that the forward does not run under torch.no_grad()."
             )
         self.columns = (self.terms.term_shape(logits).numel() // probe.size) * self.terms.num_columns(logits)
-        self.blocks = audited_blocks(model, probe)
+        self.output_shape = logits.shape
+        self.blocks = audited_blocks(model, self.blocks, probe)
         self.shapes: dict[str, BlockShape] = measured_shapes(model, self.blocks, probe)
         self.example_bytes = model.activation_bytes(probe) // probe.size
         self._choose_chunks()
@@ -175,7 +188,7 @@ class FisherSource:
                 f"{self.owner}: labels have shape {found}, expected [{self.num_terms}, {label_samples}]: one row per "
                 "loss term in the order of the data, label_samples columns."
             )
-        self.labels = self.labels.to(self.model.device)
+        self.labels = self.terms.checked_labels(self.labels.to(self.model.device), self.output_shape)
 
     def _spread_labels(self, keeps: list[tuple[Tensor, int]]) -> None:
         """Labels by batch and example, with zeros at the terms that do not count."""
@@ -222,6 +235,11 @@ def _separated(
     roots: Callable[[Tensor, Tensor | None], Roots],
 ) -> Callable[[Tensor, Tensor | None], Sequence[Tensor]]:
     return lambda logits, mask: roots(logits, mask).separate()
+
+
+def is_number(value: object, *, whole: bool = False) -> bool:
+    """Whether this is a (whole) number, numpy's included."""
+    return isinstance(value, Integral if whole else Real)
 
 
 def readable(size: float) -> str:

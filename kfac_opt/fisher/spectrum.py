@@ -11,7 +11,7 @@ from torch import Tensor
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.fisher.density import SpectralDensity, SpectralErrors
 from kfac_opt.fisher.matrix import FisherMatrix
-from kfac_opt.fisher.source import readable
+from kfac_opt.fisher.source import is_number, readable
 from kfac_opt.lanczos import BlockLanczos, ProbeLanczos, Quadrature, drive
 
 Method = Literal["slq", "block_lanczos", "exact"]
@@ -109,6 +109,11 @@ def spectral_density(
 
 def _known_density(curvature: Mapping[str, HasSpectralForm]) -> SpectralDensity:
     """Eigenvalues of every block of a curvature approximation."""
+    if not curvature:
+        raise ValueError(
+            "spectral_density: the mapping holds no curvature blocks (a KFAC with curvature='identity' has none). Give "
+            "optimizer.curvature of another curvature, or a FisherMatrix."
+        )
     values = torch.cat([view.spectral_form().eigenvalues.double().flatten().cpu() for view in curvature.values()])
     return _sorted(values, torch.full_like(values, 1.0 / len(values)), len(values), "curvature", 0)
 
@@ -167,13 +172,20 @@ def _check(
     node_weights: str | None,
     probes: Tensor | None,
 ) -> None:
+    if not isinstance(fisher, (FisherMatrix, Tensor)):
+        raise TypeError(
+            f"spectral_density: got {type(fisher).__name__}, expected a FisherMatrix, a symmetric tensor, or the curvature of an "
+            "optimizer. For a model: FisherMatrix(model, data); for a KFAC: optimizer.curvature."
+        )
     if method not in ("slq", "block_lanczos", "exact"):
         raise ValueError(f"spectral_density: method must be 'slq', 'block_lanczos' or 'exact', got {method!r}")
     if node_weights not in (None, "quadrature", "snapped"):
         raise ValueError(f"spectral_density: node_weights must be 'quadrature' or 'snapped', got {node_weights!r}")
     for name, value in (("num_probes", num_probes), ("block_size", block_size), ("num_steps", num_steps)):
-        if value < 1:
-            raise ValueError(f"spectral_density: {name} must be >= 1, got {value}")
+        if not is_number(value, whole=True) or value < 1:
+            raise ValueError(f"spectral_density: {name} must be a whole number >= 1, got {value!r}")
+    if isinstance(fisher, Tensor) and not (fisher.is_floating_point() and bool(torch.isfinite(fisher).all())):
+        raise ValueError(f"spectral_density: a tensor must hold finite floating point numbers, got {fisher.dtype}. Check it.")
     if isinstance(fisher, Tensor) and (fisher.dim() != 2 or not torch.allclose(fisher, fisher.mT)):
         raise ValueError(
             f"spectral_density: a tensor must be a symmetric matrix [P, P], got shape {list(fisher.shape)}"

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from kfac_opt.likelihoods import Categorical, Likelihood
+from kfac_opt.likelihoods import Bernoulli, Categorical, Likelihood
 
 FisherKind = Literal["exact", "mc", "empirical"]
 
@@ -161,6 +161,22 @@ class OutputTerms:
             columns = [torch.where(keep, column, 0.0) for column in columns]
         return Roots(columns, self.term_shape(outputs))
 
+    def checked_labels(self, labels: Tensor, output_shape: torch.Size) -> Tensor:
+        """Labels handed in for ``mc``, as class numbers where they are such.
+
+        Raises:
+            ValueError: values that the likelihood cannot draw.
+        """
+        if not isinstance(self.likelihood, Categorical):
+            return self._in_range(labels, "labels")
+        classes = output_shape[self.likelihood.dimension(torch.empty(output_shape, device="meta"))]
+        if labels.is_floating_point() or labels.dtype == torch.bool or bool(((labels < 0) | (labels >= classes)).any()):
+            raise ValueError(
+                f"{self.owner}: labels are {labels.dtype} in [{float(labels.min()):g}, {float(labels.max()):g}], expected "
+                f"class numbers (torch.long) in [0, {classes - 1}]."
+            )
+        return labels.long()
+
     def _label_shape(self, outputs: Tensor) -> list[int]:
         shape = list(outputs.shape)
         if isinstance(self.likelihood, Categorical):
@@ -178,14 +194,13 @@ class OutputTerms:
             )
         targets = targets.to(outputs.device)
         if not isinstance(self.likelihood, Categorical):
-            return targets
+            return self._values(outputs, mask, targets)
         if targets.dtype.is_floating_point or targets.dtype == torch.bool:
             raise TypeError(
                 f"{self.owner}: targets have dtype {targets.dtype}, the categorical likelihood expects class numbers "
                 "(torch.long). For regression use likelihood='gaussian'."
             )
-        keep = None if mask is None else mask
-        targets = targets.long() if keep is None else torch.where(keep, targets.long(), 0)
+        targets = targets.long() if mask is None else torch.where(mask, targets.long(), 0)
         classes = outputs.shape[self.likelihood.dimension(outputs)]
         if bool(((targets < 0) | (targets >= classes)).any()):
             raise ValueError(
@@ -193,3 +208,18 @@ class OutputTerms:
                 f"[0, {classes - 1}]. Mask padded terms with outputs=lambda output: (logits, mask)."
             )
         return targets
+
+    def _values(self, outputs: Tensor, mask: Tensor | None, targets: Tensor) -> Tensor:
+        """Targets of a Bernoulli or Gaussian likelihood, zero at masked terms."""
+        keep = self.likelihood.term_mask(outputs, mask)
+        return self._in_range(targets if keep is None else torch.where(keep, targets, 0), "targets")
+
+    def _in_range(self, values: Tensor, what: str) -> Tensor:
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{self.owner}: the {what} hold values that are not finite. Check the data.")
+        if isinstance(self.likelihood, Bernoulli) and bool(((values < 0) | (values > 1)).any()):
+            raise ValueError(
+                f"{self.owner}: {what} lie in [{float(values.min()):g}, {float(values.max()):g}], the bernoulli likelihood "
+                "expects values in [0, 1]. For regression use likelihood='gaussian'."
+            )
+        return values

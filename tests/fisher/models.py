@@ -163,6 +163,32 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x).mean(1))
 
 
+class Square(torch.autograd.Function):
+    """An operation in the older form, which ``torch.func`` cannot transform."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+class CustomFunction(nn.Module):
+    """Such an operation behind a layer and a bare parameter, and a layer that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 1.0]))
+        self.inner, self.head, self.unused = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Square.apply(self.inner(x) * self.scale))
+
+
 def lenet_like() -> nn.Module:
     """Two convolutions, in-place activations and max-pooling, two linear layers."""
     return nn.Sequential(
@@ -198,6 +224,7 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
         "weight_norm": (normalized_weight, (4,)),
         "instance_norm": (instance_norm, (1, 4, 4)),
         "encoder": (Encoder, (3, 4)),
+        "custom_function": (CustomFunction, (4,)),
     }
     build, shape = builders[name]
     model = build().double().eval()
@@ -206,5 +233,5 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
 
 NAMES = (
     "lenet", "residual", "twice", "sequence", "time_first", "folded", "tied", "weight_reused", "parameter", "attention",
-    "recurrent", "branching", "frozen", "weight_norm", "instance_norm", "encoder",
+    "recurrent", "branching", "frozen", "weight_norm", "instance_norm", "encoder", "custom_function",
 )  # fmt: skip

@@ -121,6 +121,7 @@ def test_data_that_is_no_data_is_named():
         (x[:0], ValueError, "the data holds no examples"),
         ([(x, y, y)], TypeError, "batch 0 of the data has 3 parts"),
         ([("a", "b")], TypeError, "batch 0 of the data is str without a tensor"),
+        ([x[:4], x[4:]], ValueError, r"list of two tensors of shape \[4, 4\]: a pair, or two batches\? Give the tuple"),
     ]
     for given, error, message in cases:
         with pytest.raises(error, match=message):
@@ -142,6 +143,10 @@ def test_a_likelihood_that_does_not_fit_the_output_is_named():
         FisherMatrix(mlp(), (x, torch.arange(8)), kind="empirical")
     with pytest.raises(ValueError, match=r"targets are NoneType.*Give \(inputs, targets\) pairs"):
         FisherMatrix(mlp(), x, kind="empirical")
+    with pytest.raises(ValueError, match=r"targets lie in \[0, 7\], the bernoulli likelihood expects values in \[0, 1\]"):
+        FisherMatrix(one, (x, torch.arange(8.0).unsqueeze(1)), "bernoulli", kind="empirical")
+    with pytest.raises(ValueError, match="the targets hold values that are not finite"):
+        FisherMatrix(one, (x, torch.full((8, 1), float("inf"))), "gaussian", kind="empirical")
     with pytest.raises(ValueError, match="likelihood must be one of"):
         FisherMatrix(mlp(), x, "softmax")
     with pytest.raises(ValueError, match=r"outputs of shape \[1, 8, 3\] for 8 examples|outputs of shape \[1, 3, 3\] for 3"):
@@ -189,21 +194,29 @@ def test_bad_arguments_are_named():
         (dict(kind="type2"), r"kind must be one of \['exact', 'mc', 'empirical'\], got 'type2'"),
         (dict(blocks="layerwise"), "blocks must be one of"),
         (dict(route="fast"), "route must be one of"),
-        (dict(kind="mc", label_samples=0), "label_samples must be >= 1, got 0"),
-        (dict(memory_limit=0), "memory_limit must be > 0 bytes, got 0"),
+        (dict(kind="mc", label_samples=0), "label_samples must be a whole number >= 1, got 0"),
+        (dict(memory_limit=0), "memory_limit must be a number of bytes > 0, got 0"),
         (dict(labels=torch.zeros(8, 1)), "labels belong to kind='mc', got kind='exact'"),
         (dict(kind="mc", labels=torch.zeros(7, 1)), r"labels have shape \[7, 1\], expected \[8, 1\]"),
         (dict(kind="mc", label_samples=2, labels=torch.zeros(8, 1)), r"expected \[8, 2\]"),
+        (dict(kind="mc", labels=torch.full((8, 1), 3)), r"labels are torch.int64 in \[3, 3\], expected class numbers"),
+        (dict(kind="mc", labels=torch.zeros(8, 1)), r"labels are torch.float32 .*\(torch.long\) in \[0, 2\]"),
+        (dict(kind="mc", label_samples=1.5), "label_samples must be a whole number >= 1, got 1.5"),
+        (dict(memory_limit="2 GiB"), "memory_limit must be a number of bytes > 0, got '2 GiB'"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             FisherMatrix(model, x, **arguments)
-    fisher = FisherMatrix(model, x)
+    with pytest.raises(TypeError, match=r"generator is int, expected a torch.Generator or None"):
+        FisherMatrix(model, x, kind="mc", generator=3)
+    with pytest.raises(TypeError, match=r"model is function, expected a torch.nn.Module"):
+        FisherMatrix(lambda z: z, x)
+    fisher = FisherMatrix(model, x, memory_limit=2e9)
     for bad, message in ((torch.ones(3), r"cannot multiply with \[3\]"), (2.0, "cannot multiply with float")):
         with pytest.raises(ValueError, match=message):
             fisher @ bad
     for k in (0, fisher.shape[0] + 1):
-        with pytest.raises(ValueError, match=rf"k must be in \[1, {fisher.shape[0]}\], got {k}"):
+        with pytest.raises(ValueError, match=rf"k must be a whole number in \[1, {fisher.shape[0]}\], got {k}"):
             fisher.top_eigenpairs(k)
     with pytest.raises(ValueError, match="no trainable parameters"):
         FisherMatrix(mlp().requires_grad_(False), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -293,6 +294,51 @@ def test_an_object_with_logits_needs_no_outputs_argument():
 
     x, _ = data(4)
     close(FisherMatrix(Wrapped(), x).to_dense(), exact_fisher(mlp(), x))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_batches_of_sequences_of_different_lengths(route):
+    torch.manual_seed(2)
+    model = TokenModel().double()
+    batches = [torch.randint(5, shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 3), (3, 7), (1, 2))]
+    expected = sum(exact_fisher(model, tokens) * tokens.numel() for tokens in batches) / 29
+    fisher = FisherMatrix(model, batches, route=route)
+    assert (fisher.num_terms, fisher.num_rows) == (29, 2 * 29)  # two columns per term of three classes
+    close(fisher @ expected, expected @ expected)
+    close(fisher.trace(), expected.trace())
+    close(fisher.eigenvalues(), torch.linalg.eigvalsh(expected).clamp_min(0))
+
+
+def test_longer_examples_in_later_batches_are_measured_anew():
+    model = TokenModel().double()
+    short, long = torch.ones(3, 2, dtype=torch.long), torch.ones(3, 40, dtype=torch.long)
+    both, alone = FisherMatrix(model, [(short, None), (long, None)])._source, FisherMatrix(model, long)._source
+    assert (both.columns, both.shapes, both.example_bytes) == (alone.columns, alone.shapes, alone.example_bytes)
+    with pytest.raises(ValueError, match="one example needs"):
+        FisherMatrix(model, [(short, None), (long, None)], memory_limit=4 * both.example_bytes)
+
+
+def test_parameters_of_two_precisions_are_taken_to_the_higher():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.body(x)).double())
+
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(6, 4)
+    expected = exact_fisher(copy.deepcopy(model).double(), x.double())
+    for route in ROUTES:
+        fisher = FisherMatrix(model, x, route=route)
+        assert fisher.dtype == torch.float64
+        close(fisher @ expected, expected @ expected, rtol=1e-5)  # the body computes in single precision
+
+
+def test_a_product_with_no_columns_is_empty():
+    fisher = FisherMatrix(mlp(), data()[0])
+    assert (fisher @ torch.ones(fisher.shape[0], 0)).shape == (fisher.shape[0], 0)
 
 
 def test_single_precision_agrees_with_double():

@@ -206,9 +206,9 @@ def test_bad_arguments_are_named():
     cases = [
         (dict(method="lanczos"), "method must be 'slq', 'block_lanczos' or 'exact', got 'lanczos'"),
         (dict(node_weights="best"), "node_weights must be 'quadrature' or 'snapped', got 'best'"),
-        (dict(num_probes=0), "num_probes must be >= 1, got 0"),
-        (dict(num_steps=0), "num_steps must be >= 1, got 0"),
-        (dict(method="block_lanczos", block_size=0), "block_size must be >= 1, got 0"),
+        (dict(num_probes=0), "num_probes must be a whole number >= 1, got 0"),
+        (dict(num_steps=0), "num_steps must be a whole number >= 1, got 0"),
+        (dict(method="block_lanczos", block_size=0), "block_size must be a whole number >= 1, got 0"),
         (dict(probes=torch.ones(3, 1)), rf"probes have shape \[3, 1\], expected \[{size}, num_probes\]"),
         (dict(probes=torch.zeros(size, 1)), "a probe is zero on block ''"),
         (dict(probes=torch.ones(size, 1), method="block_lanczos"), "probes belong to method='slq'"),
@@ -216,11 +216,24 @@ def test_bad_arguments_are_named():
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             spectral_density(fisher, **arguments)
+    density = spectral_density(fisher, "exact")
+    for bad in (mlp(), bare_kfac(mlp()), "exact"):
+        with pytest.raises(TypeError, match=r"expected a FisherMatrix, a symmetric tensor, or the curvature of an optimizer"):
+            spectral_density(bad)
+    with pytest.raises(ValueError, match=r"no curvature blocks \(a KFAC with curvature='identity' has none\)"):
+        spectral_density(bare_kfac(mlp(), curvature="identity").curvature)
+    for tensor in (torch.eye(3, dtype=torch.long), torch.full((3, 3), float("nan"))):
+        with pytest.raises(ValueError, match="must hold finite floating point numbers"):
+            spectral_density(tensor)
+    zero = spectral_density(torch.zeros(3, 3), "exact")
+    with pytest.raises(ValueError, match=r"mean eigenvalue to compare with is 0.*Use wasserstein\(\)"):
+        density.errors(zero)
+    with pytest.raises(ValueError, match=r"axis='log' needs a floor > 0, got 0. Use axis='linear'"):
+        zero.plot()
     with pytest.raises(ValueError, match="not symmetric"):
         spectral_density(torch.triu(torch.ones(3, 3)))
     with pytest.raises(ValueError, match=r"symmetric matrix \[P, P\], got shape \[3\]"):
         spectral_density(torch.ones(3))
-    density = spectral_density(fisher, "exact")
     with pytest.raises(ValueError, match="sigma must be > 0"):
         density.density(density.grid(), 0.0)
     with pytest.raises(ValueError, match="axis must be 'linear' or 'log'"):

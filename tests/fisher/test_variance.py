@@ -269,7 +269,7 @@ def test_spectral_norm_of_every_layer_is_below_the_product_of_the_weights_above(
     inputs = F.unfold(x, 3, padding=1, stride=2)
     rows = torch.linalg.matrix_norm(inputs, ord=2).max()
     above = gain * torch.linalg.matrix_norm(model[6][0].weight, ord=2) * torch.linalg.matrix_norm(model[7].weight, ord=2)
-    assert found.layers["0"].spectral_bound == pytest.approx(float(rows * above), rel=1e-4)  # tolerance of the norm
+    assert found.layers["0"].spectral_bound == pytest.approx(float((rows * above).detach()), rel=1e-4)  # tolerance of the norm
 
 
 def test_models_that_are_no_chain_have_no_spectral_bound():
@@ -314,6 +314,10 @@ def test_relative_errors_and_needed_labels_are_consistent():
 
 def test_bad_arguments_are_named():
     model, (x, _) = mlp(), data(3)
+    custom, points = make("custom_function")
+    with pytest.raises(ValueError, match=r"second derivatives of this model cannot be taken.*second='skip'"):
+        estimator_variance(custom, points)
+    assert estimator_variance(custom, points, second="skip").total_variance > 0
     cases = [
         (dict(num_labels=0), "num_labels must be >= 1, got 0"),
         (dict(second="both"), "second must be 'auto', 'exact', 'probes' or 'skip', got 'both'"),

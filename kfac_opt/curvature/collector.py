@@ -6,7 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -402,8 +402,10 @@ def _is_transformed() -> bool:
     return functorch or bool(tracing) or torch.compiler.is_compiling()
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Factor arithmetic happens outside the user's autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # a context costs as much as the update of a small layer
     return torch.autocast(device.type, enabled=False)
 
 

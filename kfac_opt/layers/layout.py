@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ class MatrixLayout:
         """Number of parameters of the block, bias included."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """``(groups, out_dim, in_dim)``."""
         size = math.prod(self.weight_shape)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler
 
 from kfac_opt.curvature.collector import full_precision
 from kfac_opt.distributed import active_group, sum_over_ranks_
@@ -24,10 +25,11 @@ class CurvatureOptimizer(SavedOptimizer):
     Not used by itself: :class:`kfac_opt.KFAC` and :class:`kfac_opt.KFACVI` are its two faces.
     """
 
-    _trust_region_scales: dict[int, Tensor] = {}  # noqa: RUF012 - replaced, never written to
+    _trust_region_scales: dict[int, float | Tensor] = {}  # noqa: RUF012 - replaced, never written to
 
     # -- the step -----------------------------------------------------------------------------------------------
 
+    @_disable_dynamo  # a compiled training loop breaks its graph here: the step attaches hooks and changes the stance
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step: curvature, preconditioning, trust region, momentum, decay.
 
@@ -58,7 +60,7 @@ class CurvatureOptimizer(SavedOptimizer):
 
         Groups without a clip, and all before the first step, have no entry.
         """
-        return dict(self._trust_region_scales)
+        return {number: torch.as_tensor(scale) for number, scale in self._trust_region_scales.items()}
 
     def _refuse_step(self) -> None:
         """Raises where a subclass cannot take a step just now."""
@@ -68,6 +70,7 @@ class CurvatureOptimizer(SavedOptimizer):
         with torch.enable_grad():
             return closure()
 
+    @_disable_dynamo
     @torch.no_grad()
     def precondition_gradients_(self) -> None:
         """Replaces every ``.grad`` by its preconditioned direction; no clip, momentum, decay or learning rate.
@@ -234,7 +237,7 @@ class CurvatureOptimizer(SavedOptimizer):
         trust_region = group["curvature"] != "identity"
         updates = found.directions
         if trust_region and group["kl_clip"] is not None and found.num_blocks:
-            scale = kl_clip_factor(found.inner(), lr, float(group["kl_clip"]))
+            scale = kl_clip_factor(found.products, lr, float(group["kl_clip"]))
             self._trust_region_scales[number] = scale
             multiply_(updates, scale, foreach=foreach)
         updates = self._before_momentum(group, found.parameters, updates, lr)

@@ -67,6 +67,36 @@ def test_the_same_run_as_without_compiling():
         torch.testing.assert_close(results[1][n], results[0][n])
 
 
+@pytest.mark.parametrize("what", ["step", "whole loop"])
+def test_a_compiled_optimizer_step_is_the_plain_step(what):
+    """Steps with and without capture: the step attaches hooks and changes the compiler's stance, which cannot be traced."""
+    losses = []
+    for compile_it in (False, True):
+        model = mlp(torch.float32)
+        optimizer = KFAC(model, factor_interval=3, inverse_interval=6, ramp_steps=2)
+        x, y = data(dtype=torch.float32)
+
+        def loop(model=model, optimizer=optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        compiled_step = torch.compile(optimizer.step, backend="eager")
+
+        def halves(model=model, optimizer=optimizer, x=x, y=y, step=compiled_step):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            step()
+            return loss.detach()
+
+        run = loop if not compile_it else halves if what == "step" else torch.compile(loop, backend="eager")
+        losses.append([float(run()) for _ in range(14)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_factors_of_a_compiled_model_equal_brute_force():
     model, (x, _) = mlp(), data()
     expected = reference.kronecker_factors(model, x, "0")

@@ -30,7 +30,6 @@ class CurvatureOptimizer(SavedOptimizer):
     # -- the step -----------------------------------------------------------------------------------------------
 
     @_disable_dynamo  # a compiled training loop breaks its graph here: the step attaches hooks and changes the stance
-    @_disable_dynamo  # a compiled training loop breaks its graph here: the step attaches hooks and changes the stance
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step: curvature, preconditioning, trust region, momentum, decay.
 
@@ -71,7 +70,6 @@ class CurvatureOptimizer(SavedOptimizer):
         with torch.enable_grad():
             return closure()
 
-    @_disable_dynamo
     @_disable_dynamo
     @torch.no_grad()
     def precondition_gradients_(self) -> None:

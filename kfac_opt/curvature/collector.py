@@ -18,8 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.hooks import WeakHook
 from kfac_opt.curvature.passes import Arrival, LogitsArrival, Pass, Pending, on_gradient
+from kfac_opt.curvature.proof import explains_weight_gradient
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.distributed import num_ranks
+from kfac_opt.layers import has_own_forward
 from kfac_opt.likelihoods import Likelihood, output_gradients
 from kfac_opt.outputs import pick_logits
 
@@ -73,6 +75,9 @@ class Collector:
         self.sample_ranks = 1  # ranks among which the passes of a step are divided
         self.hidden: set[str] = set()  # layers that ran with gradients disabled inside a pass with gradients
         self.fired: set[str] = set()  # layers whose hook ever ran
+        self.proven: set[str] = set()  # layers with a forward of their own that are what their adapter says
+        self.foreign: set[str] = set()  # those that are not
+        self._unproven: set[str] = set()
         self._due: Mapping[str, Tracked] = {}
         self._states: Mapping[str, State | None] = {}
         self._pass: Pass | None = None
@@ -92,6 +97,11 @@ class Collector:
         """Hooks the layers that are due. ``states``: bases in force, or None where examples wait for a new one."""
         self.detach()
         self._due, self._states = due, states
+        self._unproven = {
+            name
+            for name, tracked in due.items()
+            if tracked.module is not None and name not in self.proven and has_own_forward(tracked.module)
+        }
         for name, tracked in due.items():
             if tracked.module is not None:  # before the root's: a model that is itself a layer
                 # In front of the user's hooks, which may replace the output.
@@ -126,7 +136,7 @@ class Collector:
 
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         current = self._pass
-        if current is None:
+        if current is None or name in self.foreign:
             return
         if not torch.is_grad_enabled():
             self.hidden.add(name)
@@ -151,7 +161,7 @@ class Collector:
         if self.fisher == "empirical":
             current.gradients.setdefault(name, []).append(None)
             on_gradient(edge, Arrival(current, name, len(current.gradients[name]) - 1))
-        if self.outputs is None:
+        if self.outputs is None and name not in self._unproven:
             # No mask can come with the outputs: take the moment now, so that checkpointing can free the input.
             self._take_input(current, name, call)
 
@@ -194,6 +204,8 @@ class Collector:
         if not bool(torch.isfinite(logits.detach()).all()):
             self.dropped += 1
             return
+        if self._unproven:
+            self._prove(current, logits)
         if self.outputs is not None:
             for name, calls in current.calls.items():
                 for call in calls:
@@ -209,6 +221,39 @@ class Collector:
             self.pending.open.append(current)
         else:
             self._backward(current, logits, mask)
+
+    def _prove(self, current: Pass, logits: Tensor) -> None:
+        """Holds layers with a forward of their own against their adapters; what is none of their maps leaves the pass."""
+        names = [name for name in current.calls if name in self._unproven]
+        tried = [name for name in names if self._due[name].weight.requires_grad]
+        if tried:
+            labels = self.likelihood.sample_gradients(logits.detach(), self.make_generator(self._pass_index, logits.device))
+            targets: Any = [edge for name in tried for edge in current.edges[name]]
+            targets += [self._due[name].weight for name in tried]
+            with full_precision(logits.device):
+                found = list(self._gradients(logits, targets, labels))
+                for name, weight_gradient in zip(tried, found[len(found) - len(tried) :]):
+                    calls = current.calls[name]
+                    ran = [(call.x, g) for call, g in zip(calls, found) if g is not None]
+                    del found[: len(calls)]
+                    adapter = self._due[name].block.adapter
+                    assert adapter is not None
+                    if ran and weight_gradient is not None:
+                        with torch.no_grad():
+                            verdict = explains_weight_gradient(adapter, ran, weight_gradient)
+                        if verdict is not None:
+                            (self.proven if verdict else self.foreign).add(name)
+            for gradients in current.gradients.values():  # those of this backward are not the user's
+                gradients[:] = [None] * len(gradients)
+        for name in names:
+            if name in self.foreign:
+                self.fired.discard(name)
+                for part in (current.calls, current.edges, current.gradients, current.statistics):
+                    part.pop(name, None)  # type: ignore[attr-defined]
+            elif self.outputs is None:
+                for call in current.calls[name]:
+                    self._take_input(current, name, call)
+        self._unproven -= self.proven | self.foreign
 
     def _backward(self, current: Pass, logits: Tensor, mask: Tensor | None) -> None:
         """Output gradients of the likelihood, back to the layers' outputs only, into sums."""

@@ -1,7 +1,7 @@
 """Layers as linear maps: one adapter per layer type."""
 
 from kfac_opt.layers import conv, embedding, linear, norm
-from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, append_one, find_adapter, register_layer
+from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, append_one, find_adapter, has_own_forward, register_layer
 from kfac_opt.layers.layout import MatrixLayout
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "conv",
     "embedding",
     "find_adapter",
+    "has_own_forward",
     "linear",
     "norm",
     "register_layer",

@@ -6,7 +6,7 @@ A new layer type is one subclass of :class:`LayerAdapter` with ``@register_layer
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from kfac_opt.layers.layout import MatrixLayout
 from kfac_opt.products import outer_gram
 
 WeightSharing = Literal["expand", "reduce"]
+Ranges = Sequence[tuple[int, int]]  # first and last (exclusive) of neighbouring features
 
 
 class LayerAdapter(ABC):
@@ -31,6 +32,7 @@ class LayerAdapter(ABC):
 
     structure: ClassVar[Literal["kronecker", "norm"]] = "kronecker"
     diagonal_input: ClassVar[bool] = False
+    features_per_channel: int = 1  # that stay together where a factor is cut into diagonal blocks
 
     def __init__(self, module: nn.Module, with_bias: bool) -> None:
         self.module = module
@@ -49,6 +51,13 @@ class LayerAdapter(ABC):
     def output_rows(self, gradient: Tensor) -> Tensor:
         """``[groups, batch, shared, out_dim]`` from a gradient in the module's output."""
 
+    def weight_gradient(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        r"""Sum over rows of :math:`g a^\top`, ``[groups, out_dim, in_dim]``: the gradient of the weight matrix."""
+        inputs, outputs = self.input_rows(x.to(dtype)), self.output_rows(gradient.to(dtype))
+        if inputs.shape[:3] != outputs.shape[:3]:
+            raise ValueError(f"rows of inputs and outputs do not pair up: {list(inputs.shape)}, {list(outputs.shape)}")
+        return outputs.flatten(1, 2).mT @ inputs.flatten(1, 2)
+
     def input_moment(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         r"""Sum over rows of :math:`a a^\top`, ``[groups, in_dim, in_dim]``.
 
@@ -62,6 +71,20 @@ class LayerAdapter(ABC):
     def output_moment(self, gradient: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         r"""Sum over rows of :math:`g g^\top`, ``[groups, out_dim, out_dim]``; ``"reduce"`` sums positions first."""
         return second_moment(self.output_rows(gradient.to(dtype)), keep, "sum" if sharing == "reduce" else None)
+
+    def input_block_moments(
+        self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype, ranges: Ranges
+    ) -> list[Tensor]:
+        """Diagonal blocks of :meth:`input_moment` over these ranges of features, without the rest of it."""
+        rows = pooled_rows(self.input_rows(x.to(dtype)), keep, "mean" if sharing == "reduce" else None)
+        return [gram(rows[..., start:end].mT) for start, end in ranges]
+
+    def output_block_moments(
+        self, gradient: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype, ranges: Ranges
+    ) -> list[Tensor]:
+        """Diagonal blocks of :meth:`output_moment` over these ranges of features."""
+        rows = pooled_rows(self.output_rows(gradient.to(dtype)), keep, "sum" if sharing == "reduce" else None)
+        return [gram(rows[..., start:end].mT) for start, end in ranges]
 
     def input_square(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         """Diagonal of :meth:`input_moment`, ``[groups, in_dim]``, without the matrix."""
@@ -151,6 +174,14 @@ def find_adapter(module: nn.Module) -> type[LayerAdapter] | None:
         if matches(module):
             return adapter
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module's forward is another one than that of the class whose adapter it uses."""
+    for base in type(module).__mro__:
+        if base in _ADAPTERS:
+            return type(module).forward is not base.forward or "forward" in vars(module)
+    return False
 
 
 def append_one(rows: Tensor) -> Tensor:

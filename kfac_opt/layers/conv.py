@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, append_one, gram, register_layer
+from kfac_opt.layers.adapter import LayerAdapter, Ranges, WeightSharing, append_one, gram, register_layer
 from kfac_opt.layers.displacement import patch_moment
 from kfac_opt.layers.layout import MatrixLayout
 
@@ -39,12 +39,7 @@ class ConvAdapter(LayerAdapter):
         module = self.module
         channels = x.shape[1] // module.groups
         if self.by_displacements() and (channels >= FEW_CHANNELS or module.groups > 1):
-            kernel, dilation = (
-                (1, part[0]) if len(part) == 1 else (part[0], part[1])
-                for part in cast(list[tuple[int, ...]], [module.kernel_size, module.dilation])
-            )
-            image = x if x.dim() == 4 else x.unsqueeze(2)
-            return patch_moment(image, kernel, dilation, module.groups, with_one=self.layout.has_bias)
+            return self._displacement_moment(x, with_one=self.layout.has_bias)
         moment: Tensor | None = None
         entries = x[0].numel() * math.prod(module.kernel_size)
         for part in x.split(max(1, CHUNK_ENTRIES // max(entries, 1))):
@@ -52,6 +47,32 @@ class ConvAdapter(LayerAdapter):
             moment = gram(rows) if moment is None else moment.add_(gram(rows))
         assert moment is not None
         return moment
+
+    def input_block_moments(
+        self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype, ranges: Ranges
+    ) -> list[Tensor]:
+        """Blocks of whole channels: each is the moment of a convolution of those channels alone."""
+        if keep is not None or sharing == "reduce" or not self.by_displacements():
+            return super().input_block_moments(x, keep, sharing, dtype, ranges)
+        x = self.batched(x.to(dtype)).unflatten(1, (self.module.groups, -1))
+        taps, size = self.features_per_channel, self.layout.shape[2]
+        found = []
+        for start, end in ranges:
+            channels = x[:, :, start // taps : end // taps].flatten(1, 2)
+            found.append(self._displacement_moment(channels, with_one=end == size and self.layout.has_bias))
+        return found
+
+    def _displacement_moment(self, x: Tensor, *, with_one: bool) -> Tensor:
+        kernel, dilation = (
+            (1, part[0]) if len(part) == 1 else (part[0], part[1])
+            for part in cast(list[tuple[int, ...]], [self.module.kernel_size, self.module.dilation])
+        )
+        image = x if x.dim() == 4 else x.unsqueeze(2)
+        return patch_moment(image, kernel, dilation, self.module.groups, with_one=with_one)
+
+    @property
+    def features_per_channel(self) -> int:  # type: ignore[override]
+        return math.prod(self.module.kernel_size)
 
     def by_displacements(self) -> bool:
         """Stride 1, zeros around the image so that the output is as large as the input, taps 1 or 3."""

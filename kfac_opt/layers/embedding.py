@@ -37,6 +37,12 @@ class EmbeddingAdapter(LayerAdapter):
         rows = torch.nn.functional.one_hot(self.tokens(x), self.module.num_embeddings)
         return (rows * self.counted(x, None).unsqueeze(-1)).unsqueeze(0).to(self.module.weight.dtype)
 
+    def weight_gradient(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """As for any layer, without the one-hot rows."""
+        rows = self.output_rows(gradient.to(dtype))[0] * self.counted(x, None).unsqueeze(-1)
+        table = rows.new_zeros(self.module.num_embeddings, rows.shape[-1])
+        return table.index_add_(0, self.tokens(x).flatten(), rows.flatten(0, 1)).mT.unsqueeze(0)
+
     def input_square(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         """Token counts ``[1, vocabulary]``; with ``"reduce"`` the squared token frequencies of the examples."""
         tokens, counted = self.tokens(x), self.counted(x, keep)

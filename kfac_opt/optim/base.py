@@ -169,7 +169,7 @@ class CurvatureOptimizer(SavedOptimizer):
             if not used and any(p.grad is not None and bool(p.grad.any()) for p in entry.parameters)
         ]
         if unused:
-            describe_unused(type(self).__name__, unused)
+            describe_unused(type(self).__name__, unused, self._collector.foreign)
             self._flatten(unused)
 
     def _flatten(self, names: list[str]) -> None:

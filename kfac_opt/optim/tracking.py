@@ -158,12 +158,19 @@ def _announce(owner: str, alone: list[str], tracked: dict[str, TrackedBlock]) ->
         )
 
 
-def describe_unused(owner: str, names: list[str]) -> None:
-    """Says that layers were used through their weights only."""
-    warnings.warn(
-        f"{owner}: the forward of {', '.join(repr(name) for name in names)} never ran although the weight has a gradient "
-        "(it is used through its weight only); diagonal curvature is used there from now on.",
-        stacklevel=3,
-    )
-
-
+def describe_unused(owner: str, names: list[str], foreign: set[str]) -> None:
+    """Says that layers were used through their weights only, or are not the maps that their class has an adapter for."""
+    unused = [repr(name) for name in names if name not in foreign]
+    other = [repr(name) for name in names if name in foreign]
+    if unused:
+        warnings.warn(
+            f"{owner}: the forward of {', '.join(unused)} never ran although the weight has a gradient (it is used through "
+            "its weight only); diagonal curvature is used there from now on.",
+            stacklevel=3,
+        )
+    if other:
+        warnings.warn(
+            f"{owner}: {', '.join(other)} has a forward of its own that computes something else with its weight than the "
+            "class it derives from; diagonal curvature is used there from now on. register_layer adds adapters.",
+            stacklevel=3,
+        )

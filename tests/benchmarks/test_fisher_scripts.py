@@ -12,8 +12,10 @@ from benchmarks import demo_fisher, estimator_variance, fisher_spectrum, fisher_
 from benchmarks.common.config import ConfigError, load_config
 from benchmarks.common.models import build_model
 from benchmarks.common.sections import DemoContext
+from benchmarks.fisher.outliers.study import checkpoints
 from benchmarks.fisher.report import verdict
 from benchmarks.fisher.training import SGDConfig
+from kfac_opt.fisher import FisherMatrix, spectral_density
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KINDS = {
@@ -119,7 +121,7 @@ def test_spectrum_of_a_linear_model_is_kfacs_own():
     torch.manual_seed(0)
     model, x = torch.nn.Linear(4, 3), torch.randn(1, 4)  # one example: the Kronecker product is exact
     kfac = fisher_spectrum.kfac_spectrum(model, x)
-    exact = fisher_spectrum.spectral_density(fisher_spectrum.FisherMatrix(model, x), "exact")
+    exact = spectral_density(FisherMatrix(model, x), "exact")
     assert kfac.trace == pytest.approx(exact.trace, rel=1e-4)
     assert kfac.largest == pytest.approx(exact.largest, rel=1e-4)
 
@@ -150,8 +152,8 @@ def test_outlier_script_follows_the_runs_and_reads_finished_ones_back(tmp_path: 
 
 
 def test_checkpoints_grow_apart_and_end_at_the_end():
-    assert gradient_outliers.checkpoints(100, 5) == [0, 6, 25, 56, 100]
-    assert gradient_outliers.checkpoints(2, 5) == [0, 1, 2]
+    assert checkpoints(100, 5) == [0, 6, 25, 56, 100]
+    assert checkpoints(2, 5) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("with_peer", [True, False])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt.damping.early import EarlySteps
 from kfac_opt.damping.rule import DampingRule, check_interval
 
 
@@ -53,6 +54,9 @@ class LevenbergMarquardt(DampingRule):
         interval: ``k``.
         reach: factor on the step that is judged, >= 1.
         min_scale: the smallest trust-region scale at which the damping still falls, in [0, 1]; 0 is the published rule.
+        early_steps: in so many first steps the damping comes down to where the KL clip leaves ``min_scale`` of a step,
+            without any evaluation: at a published rate of change a start that is too high by 10⁴ costs hundreds of
+            steps. 0 is the published rule.
         min_damping, max_damping: bounds of the damping.
     """
 
@@ -63,7 +67,8 @@ class LevenbergMarquardt(DampingRule):
         decay: float = 0.85,
         interval: int = 10,
         reach: float = 1.0,
-        min_scale: float = 0.03,
+        min_scale: float = 0.025,
+        early_steps: int = 10,
         min_damping: float = 1e-8,
         max_damping: float = 1e6,
     ) -> None:
@@ -79,6 +84,7 @@ class LevenbergMarquardt(DampingRule):
         if not 0.0 <= min_scale <= 1.0:
             raise ValueError(f"{owner}: min_scale must be in [0, 1], got {min_scale!r}")
         self.decay, self.interval, self.reach, self.min_scale = decay, interval, reach, min_scale
+        self._early = EarlySteps(owner, optimizer, early_steps, min_scale)
         self.last_ratio: float | None = None
         self._before: list[Tensor] = []
         self._hook = optimizer.register_step_pre_hook(self._keep_weights)
@@ -113,6 +119,10 @@ class LevenbergMarquardt(DampingRule):
         """
         due = self.due
         self.num_steps += 1
+        for number, damping in enumerate(self.get_last_damping()):
+            scale = self._early.scale(number, self.num_steps)
+            if scale is not None:
+                self._write(number, damping * math.exp(self._early.change(number, scale)))
         if not due:
             return
         if not self._before:
@@ -173,11 +183,12 @@ class LevenbergMarquardt(DampingRule):
         return float(torch.stack([term.to(terms[0].device, dtype) for term in terms]).sum())
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "last_ratio": self.last_ratio}
+        return {**super().state_dict(), "last_ratio": self.last_ratio, "early": list(self._early.refreshes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.last_ratio = state_dict["last_ratio"]
+        self._early.refreshes = [float(count) for count in state_dict["early"]]
 
 
 def quadratic_form(view: Any, matrix: Tensor) -> Tensor:

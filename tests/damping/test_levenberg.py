@@ -27,7 +27,7 @@ def regression(lr: float, damping: float, **options):
 @pytest.mark.parametrize("reach", [1.0, 3.0])
 def test_the_predicted_change_is_exact_for_a_quadratic_loss_without_damping(reach: float):
     model, optimizer, loss_of = regression(lr=0.2, damping=1e-9)
-    rule = LevenbergMarquardt(optimizer, interval=1, reach=reach)
+    rule = LevenbergMarquardt(optimizer, interval=1, reach=reach, early_steps=0)
     loss = loss_of()
     loss.backward()
     optimizer.step()
@@ -39,7 +39,7 @@ def test_the_predicted_change_is_exact_for_a_quadratic_loss_without_damping(reac
 
 def test_the_damping_term_of_the_model_is_half_gamma_times_the_squared_step():
     model, optimizer, loss_of = regression(lr=0.2, damping=0.7)
-    rule = LevenbergMarquardt(optimizer, interval=1)
+    rule = LevenbergMarquardt(optimizer, interval=1, early_steps=0)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     loss = loss_of()
     loss.backward()
@@ -64,7 +64,7 @@ def test_the_quadratic_form_is_that_of_the_dense_block(curvature: str):
 
 def test_damping_falls_where_the_model_is_right_and_rises_where_it_promises_too_much():
     _, optimizer, loss_of = regression(lr=0.5, damping=0.1)
-    rule = LevenbergMarquardt(optimizer, decay=0.9, interval=1)
+    rule = LevenbergMarquardt(optimizer, decay=0.9, interval=1, early_steps=0)
     loss = loss_of()
     loss.backward()
     optimizer.step()
@@ -80,7 +80,7 @@ def test_damping_falls_where_the_model_is_right_and_rises_where_it_promises_too_
 
 def test_a_loss_that_is_not_finite_raises_the_damping():
     _, optimizer, loss_of = regression(lr=0.5, damping=0.1)
-    rule = LevenbergMarquardt(optimizer, decay=0.5, interval=1)
+    rule = LevenbergMarquardt(optimizer, decay=0.5, interval=1, early_steps=0)
     loss = loss_of()
     loss.backward()
     optimizer.step()
@@ -120,7 +120,7 @@ def test_the_rule_leaves_training_alone_but_for_the_damping():
 def test_the_damping_does_not_fall_while_the_trust_region_cuts_the_step_to_a_small_part():
     for min_scale, expected in ((1.0, 0.1), (0.0, 0.05)):
         model, optimizer, x, y = classifier(kl_clip=1e-8, damping_style="exact")
-        rule = LevenbergMarquardt(optimizer, decay=0.5, interval=1, min_scale=min_scale)
+        rule = LevenbergMarquardt(optimizer, decay=0.5, interval=1, min_scale=min_scale, early_steps=0)
         rule.step(take_step(model, optimizer, x, y), lambda: F.cross_entropy(model(x), y))  # noqa: B023 - called at once
         assert rule.last_ratio is not None
         assert rule.last_ratio > 0.75
@@ -151,10 +151,28 @@ def test_resuming_is_exact():
 def test_a_step_without_the_optimizers_step_before_is_an_error():
     _, optimizer, loss_of = regression(lr=0.1, damping=0.1)
     with pytest.raises(RuntimeError, match=r"Call optimizer.step\(\) before each"):
-        LevenbergMarquardt(optimizer, interval=1).step(1.0, loss_of)
+        LevenbergMarquardt(optimizer, interval=1, early_steps=0).step(1.0, loss_of)
 
 
 def test_an_optimizer_without_curvature_is_refused():
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(2))], "damping": 1.0}], lr=0.1)
     with pytest.raises(TypeError, match="SGD has no curvature"):
         LevenbergMarquardt(optimizer)
+
+
+def test_a_start_that_is_too_high_comes_down_within_the_early_steps():
+    dampings = {}
+    for early_steps in (0, 10):
+        model, optimizer, x, y = classifier(damping=100.0, lr=0.1, kl_clip=1e-3)
+        rule = LevenbergMarquardt(optimizer, early_steps=early_steps)
+        for _ in range(9):
+            rule.step(take_step(model, optimizer, x, y), lambda: pytest.fail("an early step needs no evaluation"))
+        dampings[early_steps] = rule.get_last_damping()[0]
+    assert dampings[0] == 100.0
+    assert dampings[10] < 1.0
+
+
+def test_early_steps_must_be_a_count():
+    _, optimizer, _, _ = classifier()
+    with pytest.raises(ValueError, match=r"LevenbergMarquardt: early_steps must be an integer >= 0, got 1\.5"):
+        LevenbergMarquardt(optimizer, early_steps=1.5)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ def drive(gradients: list[list[float]], scale: float | None = None, **options) -
     """Feeds gradients; each step is minus the gradient."""
     weight = nn.Parameter(torch.zeros(len(gradients[0])))
     optimizer = Plain(weight)
-    rule = TrustRegionDamping(optimizer, **{"interval": 2, "gain": 1.0, "deadband": 0.0, **options})
+    rule = TrustRegionDamping(optimizer, **{"interval": 2, "gain": 1.0, "deadband": 0.0, "early_steps": 0, **options})
     for gradient in gradients:
         weight.grad = torch.tensor(gradient)
         optimizer.step()
@@ -114,12 +114,47 @@ def test_groups_have_dampings_of_their_own():
     optimizer = KFAC(model, [timid, cut], lr=0.1, damping_scale="absolute")
     rule = TrustRegionDamping(optimizer)
     _, _, x, y = classifier()
-    for _ in range(8):
+    for _ in range(10):
         take_step(model, optimizer, x, y)
         rule.step()
     first, second = rule.get_last_damping()
     assert first < 10.0, "timid steps, and yet the damping did not fall"
     assert second > 1e-6, "the trust region cuts nearly everything, and yet the damping did not rise"
+
+
+def test_early_steps_go_to_the_trust_region_whatever_the_cosine():
+    rule = drive([[3.0, 4.0]], scale=0.5, min_scale=0.1, early_steps=3)
+    assert rule.get_last_damping() == pytest.approx([0.04], rel=1e-5)  # exp(-2 log(0.5 / 0.1))
+    assert drive([[3.0, 4.0]], scale=0.05, min_scale=0.1, early_steps=3).get_last_damping() == [1.0]
+    assert drive([[3.0, 4.0], [3.0, 0.0]], early_steps=3).get_last_damping() < [1.0], "without a clip the cosine decides"
+
+
+@pytest.mark.parametrize("start", [1e-3, 1e1])
+def test_any_start_is_forgotten_within_the_early_steps(start: float):
+    model, optimizer, x, y = classifier(damping=start, lr=0.1, kl_clip=1e-3)
+    rule = TrustRegionDamping(optimizer)
+    for _ in range(10):
+        take_step(model, optimizer, x, y)
+        rule.step()
+    other, reference, x, y = classifier(damping=1.0, lr=0.1, kl_clip=1e-3)
+    expected = TrustRegionDamping(reference)
+    for _ in range(10):
+        take_step(other, reference, x, y)
+        expected.step()
+    assert 1 / 4 < rule.get_last_damping()[0] / expected.get_last_damping()[0] < 4
+
+
+def test_early_changes_wait_until_the_inverses_hold_the_last_one():
+    model, optimizer, x, y = classifier(damping=10.0, ramp_steps=0, inverse_interval=5, lr=0.1)
+    rule = TrustRegionDamping(optimizer)
+    seen = []
+    for _ in range(7):
+        take_step(model, optimizer, x, y)
+        rule.step()
+        seen += rule.get_last_damping()
+    assert seen[0] < 10.0, "the first step is much shorter than the trust region"
+    assert len(set(seen[:5])) == 1, "changed although the inverses still hold the first damping"
+    assert seen[5] < seen[4]
 
 
 def test_the_scale_that_the_rule_reads_is_the_one_of_the_kl_clip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -80,8 +81,7 @@ class Collector:
         self._unproven: set[str] = set()
         self._due: Mapping[str, Tracked] = {}
         self._states: Mapping[str, State | None] = {}
-        self._pass: Pass | None = None
-        self._depth = 0
+        self._running = _Running()
         self._pass_index = 0
         self._watched = 0
         self._handles: list[RemovableHandle] = []
@@ -114,15 +114,16 @@ class Collector:
 
     def detach(self) -> None:
         _let_go(id(self), self._handles)
-        self._pass, self._depth = None, 0
+        self._running = _Running()
 
     # -- a pass -------------------------------------------------------------------------------------------------
 
     def on_root_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth += 1
-        if self._depth > 1 and self._pass is not None:
+        running = self._running
+        running.depth += 1
+        if running.depth > 1 and running.current is not None:
             return
-        self._depth = 1
+        running.depth = 1
         self.forward_seen = True
         if torch._C._current_graph_task_id() == -1:  # not while a checkpoint recomputes the model: gradients still come
             self._settle()
@@ -132,10 +133,10 @@ class Collector:
                 "nn.DataParallel copies the model at every forward, and its hooks see only a part of the batch. Use "
                 "torch.nn.parallel.DistributedDataParallel (one process per device) or a single device."
             )
-        self._pass = Pass() if counts and not _is_transformed() else None
+        running.current = Pass() if counts and not _is_transformed() else None
 
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        current = self._pass
+        current = self._running.current
         if current is None or name in self.foreign:
             return
         if not torch.is_grad_enabled():
@@ -185,10 +186,11 @@ class Collector:
         return mask.reshape(positions)
 
     def on_root_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._depth -= 1
-        if self._depth > 0:
+        running = self._running
+        running.depth -= 1
+        if running.depth > 0:
             return
-        current, self._pass = self._pass, None  # disarmed: recomputed layers must not count twice
+        current, running.current = running.current, None  # disarmed: recomputed layers must not count twice
         if current is None or (output is None and sys.exc_info()[0] is not None):
             return  # the forward raised: no pass
         logits, mask = pick_logits(output, self.outputs)
@@ -426,6 +428,14 @@ class Collector:
                 "(or ignore this if an auxiliary term was added to the loss on purpose).",
                 stacklevel=2,
             )
+
+
+class _Running(threading.local):
+    """The pass under way in this thread: another one may validate the model at the same time."""
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+        self.depth = 0
 
 
 class _Watch:

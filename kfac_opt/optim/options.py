@@ -114,6 +114,11 @@ def check_model(owner: str, model: object) -> nn.Module:
                 f"{owner}: parameter '{name}' is not initialized (a lazy module). Run one forward pass before you "
                 "build the optimizer."
             )
+        if parameter.is_meta:
+            raise ValueError(
+                f"{owner}: parameter '{name}' is on the meta device and holds no numbers. Materialise the model first "
+                "(to_empty() and load_state_dict(), which replace the parameters), then build the optimizer."
+            )
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
                 f"{owner}: parameter '{name}' is a sharded DTensor (fully_shard / FSDP2), whose gradient no rank holds "

@@ -243,6 +243,17 @@ def test_complex_parameters_are_refused_by_name():
         train_step(KFAC(model), model, torch.randn(6, 4), torch.randint(3, (6,)))
 
 
+def test_a_model_on_the_meta_device_is_refused_until_it_is_materialised():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device.*to_empty"):
+        KFAC(model)
+    model.to_empty(device="cpu").load_state_dict(mlp(torch.float32).state_dict())
+    optimizer, (x, y) = KFAC(model), data(dtype=torch.float32)
+    losses = [train_step(optimizer, model, x, y) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
 def test_data_parallel_is_refused_with_the_remedy():
     with pytest.raises(ERRORS, match=r"(?s)DataParallel.*DistributedDataParallel"):
         KFAC(nn.DataParallel(mlp()))

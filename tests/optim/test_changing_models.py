@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -296,3 +297,40 @@ def test_data_parallel_inside_or_around_the_model_is_refused():
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         replica(data()[0])
     train_step(optimizer, model, *data())
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_validation_in_another_thread_leaves_the_pass_of_training_alone(fisher):
+    """The other thread enters the model while a pass of training is under way, and leaves it after the pass has ended."""
+    inside, over = threading.Event(), threading.Event()
+
+    class Meeting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                inside.set()
+                assert over.wait(10)
+            elif validating:
+                validating[0].start()
+                assert inside.wait(10)
+            return x
+
+    def validate() -> None:
+        with torch.no_grad():
+            model(100 * torch.ones(3, 4))
+
+    factors = []
+    for concurrent in (False, True):
+        over.clear()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), Meeting(), nn.Tanh(), nn.Linear(5, 3))
+        optimizer = KFAC(model, fisher=fisher)
+        validating = [threading.Thread(target=validate)] if concurrent else []
+        x, y = data(dtype=torch.float32)
+        loss = F.cross_entropy(model(x), y)
+        over.set()
+        for thread in validating:
+            thread.join()
+        loss.backward()
+        optimizer.step()
+        factors.append([v.to_dense() for v in optimizer.curvature.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*factors))

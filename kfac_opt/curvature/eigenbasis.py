@@ -6,11 +6,13 @@ best diagonal (in Frobenius norm) is :math:`s = E[(Q_G^\top \nabla W\, Q_A)^2]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, Damping, State, Statistics, average_into, average_weight
-from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt.curvature.kronecker import KroneckerBlock, Refreshed
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
 from kfac_opt.layers.embedding import EmbeddingAdapter
@@ -24,9 +26,17 @@ class EigenbasisBlock(KroneckerBlock):
     needs_input = True
 
     def __init__(
-        self, adapter: LayerAdapter, dtype: torch.dtype, sharing: WeightSharing, *, max_factor_dim: int
+        self,
+        adapter: LayerAdapter,
+        dtype: torch.dtype,
+        sharing: WeightSharing,
+        *,
+        max_factor_dim: int,
+        max_block_dim: int | None = None,
     ) -> None:
-        super().__init__(adapter, dtype, sharing, style="exact", max_factor_dim=max_factor_dim)
+        super().__init__(
+            adapter, dtype, sharing, style="exact", max_factor_dim=max_factor_dim, max_block_dim=max_block_dim
+        )
 
     def add_output(
         self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
@@ -39,20 +49,24 @@ class EigenbasisBlock(KroneckerBlock):
 
     def example_squares(self, state: State, calls: list[Call], gradients: list[Tensor]) -> Tensor:
         """Sum over examples of the squared per-example gradient in the basis in force, ``[groups, out, in]``."""
-        output_basis, input_basis = state.get("output_basis"), state.get("input_basis")
         inputs, outputs = [], []
         for call, gradient in zip(calls, gradients):
             rows = self.layer.output_rows(gradient.to(self.dtype))
             if call.keep is not None:
                 rows = rows * call.keep.unsqueeze(-1)
-            outputs.append(rows if output_basis is None else rows @ output_basis.unsqueeze(1))
+            dense = self.dense_sides["output"]
+            outputs.append(self.sides["output"].times_basis(rows, state["output_basis"]) if dense else rows)
         if isinstance(self.layer, EmbeddingAdapter):
             return _embedding_squares(self.layer, calls, outputs)
         inputs = [self.layer.input_rows(call.x.to(self.dtype)) for call in calls]
         if len({rows.shape[1] for rows in inputs}) == 1:  # the calls of one example belong to one gradient
             inputs, outputs = [torch.cat(inputs, dim=2)], [torch.cat(outputs, dim=2)]
-        squares = [_row_squares(a, g, input_basis) for a, g in zip(inputs, outputs)]
+        turn = self._turn_input(state) if self.dense_sides["input"] else None
+        squares = [_row_squares(a, g, turn) for a, g in zip(inputs, outputs)]
         return torch.stack(squares).sum(0)
+
+    def _turn_input(self, state: State) -> Callable[[Tensor], Tensor]:
+        return lambda rows: self.sides["input"].times_basis(rows, state["input_basis"])
 
     def sum_shapes(self) -> dict[str, tuple[int, ...]]:
         return {**super().sum_shapes(), "squares": self.layout.shape}
@@ -63,15 +77,20 @@ class EigenbasisBlock(KroneckerBlock):
         state["scales_weight"] = torch.zeros((), dtype=torch.float64)
         return state
 
-    def _install(self, state: State, new: State) -> None:
+    def _install(self, state: State, new: Refreshed) -> None:
         """The old scales go along into the new basis: ``ŝ ← (R_G∘R_G) ŝ (R_A∘R_A)ᵀ``, ``R = Q_newᵀ Q_old``."""
         if self.ready(state):
-            if "output_basis" in new:
-                turn = (new["output_basis"].mT @ state["output_basis"]).square()
-                state["scales"].copy_(turn @ state["scales"])
-            if "input_basis" in new:
-                turn = (new["input_basis"].mT @ state["input_basis"]).square()
-                state["scales"].copy_(state["scales"] @ turn.mT)
+            scales = state["scales"]
+            for name, side in self.sides.items():
+                if f"{name}_basis" not in new:
+                    continue
+                pairs = zip(*(side.basis_blocks(basis) for basis in (new[f"{name}_basis"][0], state[f"{name}_basis"])))
+                turns = [(after.mT @ before).square() for after, before in pairs]
+                for (start, end), turn in zip(side.ranges, turns):
+                    if name == "output":
+                        scales[:, start:end] = turn @ scales[:, start:end]
+                    else:
+                        scales[..., start:end] = scales[..., start:end] @ turn.mT
         super()._install(state, new)
 
     def resolve_examples(self, state: State, statistics: Statistics) -> None:
@@ -97,25 +116,25 @@ class EigenbasisBlock(KroneckerBlock):
         return self.scales(state) + damping.of(state)
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
-        return SpectralForm(state.get("output_basis"), state.get("input_basis"), self.scales(state))
+        return self._form(state, self.scales(state))
 
 
-def _row_squares(a: Tensor, g: Tensor, input_basis: Tensor | None) -> Tensor:
-    """``Σ_n ((Σ_t g_nt a_ntᵀ) Q_A)²`` for rows ``[groups, batch, shared, ·]``, chunked over examples."""
+def _row_squares(a: Tensor, g: Tensor, turn: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """``Σ_n ((Σ_t g_nt a_ntᵀ) Q_A)²`` for rows ``[groups, batch, shared, ·]``, chunked over examples; ``turn``: times Q_A."""
     groups, batch, shared, in_dim = a.shape
     out_dim = g.shape[-1]
     if shared == 1:
-        a = a if input_basis is None else a @ input_basis.unsqueeze(1)
+        a = a if turn is None else turn(a)
         return g.squeeze(2).square().mT @ a.squeeze(2).square()
     rotate_first = shared < out_dim
-    if rotate_first and input_basis is not None:
-        a = a @ input_basis.unsqueeze(1)
+    if rotate_first and turn is not None:
+        a = turn(a)
     total = a.new_zeros(groups, out_dim, in_dim)
     step = max(1, CHUNK_ENTRIES // max(groups * out_dim * in_dim, 1))
     for start in range(0, batch, step):
         gradient = g[:, start : start + step].mT @ a[:, start : start + step]
-        if not rotate_first and input_basis is not None:
-            gradient = gradient @ input_basis.unsqueeze(1)
+        if not rotate_first and turn is not None:
+            gradient = turn(gradient)
         total += gradient.square().sum(1)
     return total
 

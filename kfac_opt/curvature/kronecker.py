@@ -9,33 +9,16 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.sides import Side
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
-from kfac_opt.linalg import (
-    FactorizationError,
-    damped_inverse,
-    eigenbasis,
-    mean_diagonal,
-    pack_triangle,
-    pi_correction,
-    stacked,
-    triangle_size,
-    unpack_triangle,
-)
-from kfac_opt.panels import (
-    FACTOR_PANELS,
-    PANEL_DIM,
-    pack_panels_,
-    panel_diagonal,
-    panel_size,
-    times_panels,
-    unpack_panels,
-)
-from kfac_opt.products import times_transposed
+from kfac_opt.linalg import FactorizationError, pack_triangle, pi_correction
 
 DampingStyle = Literal["factored", "exact"]
 SIDES = ("input", "output")
 MAX_FAILURES = 3
+Refreshed = dict[str, list[Tensor]]  # new tensors by the name of the state they go to: of inverses one for each block
+Work = Callable[[], Refreshed]
 
 
 class KroneckerBlock(CurvatureBlock):
@@ -45,8 +28,9 @@ class KroneckerBlock(CurvatureBlock):
     with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases. ``basis`` keeps eigenbases beside the inverses of
     the factored style (posterior samples need them, and two products with inverses cost half of four with bases).
 
-    A side larger than ``max_factor_dim``, or the input of an embedding, keeps only its diagonal. ``inverse_dtype`` is
-    that of the stored inverses and of the products with them (``dtype`` if None).
+    A side larger than ``max_block_dim`` keeps diagonal blocks of its factor, one larger than ``max_factor_dim``, or the
+    input of an embedding, only its diagonal. ``inverse_dtype`` is that of the stored inverses and of the products with
+    them (``dtype`` if None).
     """
 
     needs_input = False
@@ -60,6 +44,7 @@ class KroneckerBlock(CurvatureBlock):
         *,
         style: DampingStyle,
         max_factor_dim: int,
+        max_block_dim: int | None = None,
         basis: bool = False,
         inverse_dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,39 +61,37 @@ class KroneckerBlock(CurvatureBlock):
             "input": in_dim <= max_factor_dim and not adapter.diagonal_input,
             "output": out_dim <= max_factor_dim,
         }
+        units = {"input": adapter.features_per_channel, "output": 1}
+        self.sides = {
+            side: Side(n, groups, dense=self.dense_sides[side], max_block_dim=max_block_dim, unit=units[side])
+            for side, n in self.dims.items()
+        }
 
     # -- collecting ---------------------------------------------------------------------------------------------
 
     def add_input(self, statistics: Statistics, call: Call) -> None:
-        moment = self.layer.input_moment if self.dense_sides["input"] else self.layer.input_square
-        statistics.add("input", self._packed("input", moment(call.x, call.keep, self.sharing, self.dtype)))
+        side, layer = self.sides["input"], self.layer
+        how = call.x, call.keep, self.sharing, self.dtype
+        if not side.dense:
+            statistics.add("input", layer.input_square(*how))
+        else:
+            moments = layer.input_block_moments(*how, side.ranges) if side.blocked else [layer.input_moment(*how)]
+            statistics.add("input", side.packed(moments) if side.packs_at_once else moments[0])
 
     def add_output(
         self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
     ) -> None:
-        moment = self.layer.output_moment if self.dense_sides["output"] else self.layer.output_square
+        side, layer = self.sides["output"], self.layer
         for call, gradient in zip(calls, gradients):
-            statistics.add("output", self._packed("output", moment(gradient, call.keep, self.sharing, self.dtype)))
-
-    def _packed(self, side: str, moment: Tensor) -> Tensor:
-        """Large moments as panels at once: the sums of all layers wait side by side for the step."""
-        if not self._in_panels(side):
-            return moment
-        packed = moment.new_empty(self.groups, panel_size(self.dims[side], FACTOR_PANELS))
-        pack_panels_(packed, moment, FACTOR_PANELS)
-        return packed
+            how = gradient, call.keep, self.sharing, self.dtype
+            if not side.dense:
+                statistics.add("output", layer.output_square(*how))
+            else:
+                moments = layer.output_block_moments(*how, side.ranges) if side.blocked else [layer.output_moment(*how)]
+                statistics.add("output", side.packed(moments) if side.packs_at_once else moments[0])
 
     def sum_shapes(self) -> dict[str, tuple[int, ...]]:
-        sizes = {side: (self.groups, panel_size(self.dims[side], FACTOR_PANELS)) for side in SIDES}
-        return {side: sizes[side] if self._in_panels(side) else self._shape(side) for side in SIDES}
-
-    def _in_panels(self, side: str) -> bool:
-        """Whether factor and inverse of this side are kept as panels of one triangle."""
-        return self.dense_sides[side] and self.dims[side] >= PANEL_DIM
-
-    def _shape(self, side: str) -> tuple[int, ...]:
-        n = self.dims[side]
-        return (self.groups, n, n) if self.dense_sides[side] else (self.groups, n)
+        return {name: side.sum_shape for name, side in self.sides.items()}
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -117,58 +100,45 @@ class KroneckerBlock(CurvatureBlock):
         state["refreshes"] = torch.zeros((), dtype=torch.int64)
         state["failures"] = torch.zeros((), dtype=torch.int64)
         state["refreshed_estimates"] = torch.zeros((), dtype=torch.int64)
-        for side in SIDES:
-            n = self.dims[side]
-            size = n
-            if self.dense_sides[side]:
-                size = panel_size(n, FACTOR_PANELS) if self._in_panels(side) else triangle_size(n)
-            state[f"{side}_factor"] = torch.zeros(self.groups, size, dtype=self.dtype, device=device)
+        for name, side in self.sides.items():
+            state[f"{name}_factor"] = torch.zeros(side.factor_shape, dtype=self.dtype, device=device)
             if not self.in_basis:
-                shape = (self.groups, panel_size(n)) if self._in_panels(side) else self._shape(side)
-                state[f"{side}_inverse"] = torch.zeros(shape, dtype=self.inverse_dtype, device=device)
+                state[f"{name}_inverse"] = torch.zeros(side.inverse_shape, dtype=self.inverse_dtype, device=device)
             if not self.keeps_basis:
                 continue
-            state[f"{side}_values"] = torch.zeros(self.groups, n, dtype=self.dtype, device=device)
-            if self.dense_sides[side]:
-                state[f"{side}_basis"] = torch.zeros(self._shape(side), dtype=self.dtype, device=device)
+            state[f"{name}_values"] = torch.zeros(self.groups, side.dim, dtype=self.dtype, device=device)
+            if side.dense:
+                state[f"{name}_basis"] = torch.zeros(side.basis_shape, dtype=self.dtype, device=device)
         return state
 
     def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
         if not statistics.num_rows or "output" not in statistics.sums:
             return
-        for side, count in (("input", num_terms), ("output", statistics.num_rows)):
-            total, factor = statistics.sums[side], state[f"{side}_factor"]
-            in_triangle = self.dense_sides[side] and not self._in_panels(side)
-            average_into(factor, pack_triangle(total) if in_triangle else total, decay, count)
+        for name, count in (("input", num_terms), ("output", statistics.num_rows)):
+            total, side = statistics.sums[name], self.sides[name]
+            packed = pack_triangle(total) if side.dense and not side.packs_at_once else total
+            average_into(state[f"{name}_factor"], packed, decay, count)
         average_weight(state, decay)
         self._track_scale(state)
 
     def _track_scale(self, state: State) -> None:
         """τ = (tr A / dim A)(tr G / dim G) √(dim A · dim G), groups averaged, and the largest so far."""
-        means = [self._diagonal(state, side).mean(-1) for side in SIDES]
+        weight = float(state["weight"])
+        means = [side.diagonal(state[f"{name}_factor"]).mean(-1) / weight for name, side in self.sides.items()]
         size = self.dims["input"] * self.dims["output"]
         state["scale"].copy_((means[0] * means[1]).mean() * size**0.5)
         torch.maximum(state["scale_max"], state["scale"], out=state["scale_max"])
 
-    def _diagonal(self, state: State, side: str) -> Tensor:
-        factor, n = state[f"{side}_factor"], self.dims[side]
-        if self._in_panels(side):
-            factor = panel_diagonal(factor, n)
-        elif self.dense_sides[side]:
-            rows = torch.arange(n, device=factor.device)
-            factor = factor[:, rows * n - rows * (rows - 1) // 2]  # where each row of the triangle starts
-        return factor / float(state["weight"])
-
     def factor(self, state: State, side: str) -> Tensor:
         """The averaged factor ``[groups, n, n]``, or its diagonal ``[groups, n]``."""
-        factor = state[f"{side}_factor"]
-        if self._in_panels(side):
-            factor = unpack_panels(factor, self.dims[side], FACTOR_PANELS)
-        elif self.dense_sides[side]:
-            factor = unpack_triangle(factor, self.dims[side])
-        else:
-            factor = factor.clone()
-        return factor.div_(float(state["weight"]))
+        blocks = self._factor_blocks(state, side)
+        return self.sides[side].whole(blocks) if self.dense_sides[side] else blocks[0]
+
+    def _factor_blocks(self, state: State, name: str) -> list[Tensor]:
+        """Diagonal blocks ``[groups, n, n]`` of the averaged factor, or its diagonal alone."""
+        factor, side = state[f"{name}_factor"], self.sides[name]
+        blocks = side.unpacked(factor) if side.dense else [factor.clone()]
+        return [block.div_(float(state["weight"])) for block in blocks]
 
     # -- refresh ------------------------------------------------------------------------------------------------
 
@@ -184,7 +154,7 @@ class KroneckerBlock(CurvatureBlock):
         if work is not None:
             self.finish_refresh(state, work, int(state["estimates"]), damping)
 
-    def refresh_work(self, state: State, damping: Damping, *, detached: bool = False) -> Callable[[], State] | None:
+    def refresh_work(self, state: State, damping: Damping, *, detached: bool = False) -> Work | None:
         """What computes the new inverses or bases; None where there is nothing to do.
 
         ``detached``: from copies of the factors as they are now, so that it can run while they go on.
@@ -198,16 +168,14 @@ class KroneckerBlock(CurvatureBlock):
         given = {name: state[name].clone() if detached else state[name] for name in names}
         gamma = damping.of(state)
 
-        def work() -> State:
-            factors = {side: self.factor(given, side) for side in SIDES}
-            new = {} if self.in_basis else self._inverses(factors, gamma)
-            if self.keeps_basis and moved:
-                new.update(self._bases(factors))
-            return new
+        def work() -> Refreshed:
+            factors = {side: self._factor_blocks(given, side) for side in SIDES}
+            new = self._bases(factors) if self.keeps_basis and moved else {}
+            return new if self.in_basis else {**new, **self._inverses(factors, gamma)}
 
         return work
 
-    def finish_refresh(self, state: State, work: Callable[[], State], estimates: int, damping: Damping) -> None:
+    def finish_refresh(self, state: State, work: Work, estimates: int, damping: Damping) -> None:
         """Puts the result of ``work`` in force; ``estimates`` is their number in the factors that it used."""
         try:
             new = work()
@@ -224,42 +192,42 @@ class KroneckerBlock(CurvatureBlock):
         state["refreshed_estimates"].fill_(estimates)
         state["refreshes"] += 1
 
-    def _install(self, state: State, new: State) -> None:
-        for name, value in new.items():
-            if state[name].shape != value.shape:
-                pack_panels_(state[name], value)
+    def _install(self, state: State, new: Refreshed) -> None:
+        for name, found in new.items():
+            side, _, kind = name.partition("_")
+            if kind == "inverse":
+                self.sides[side].put_inverses_(state[name], found)
             else:
-                state[name].copy_(value)
+                state[name].copy_(found[0])
 
     def _splits(self, means: dict[str, Tensor], gamma: Tensor) -> dict[str, Tensor]:
         """Damping of each side, ``[groups]``: ``π√γ`` for the input, ``√γ/π`` for the output."""
         pi = pi_correction(means["input"], means["output"])
         return {"input": pi * gamma.sqrt(), "output": gamma.sqrt() / pi}
 
-    def _inverses(self, factors: State, gamma: Tensor) -> State:
-        means = {side: mean_diagonal(f) if self.dense_sides[side] else f.mean(-1) for side, f in factors.items()}
+    def _inverses(self, factors: dict[str, list[Tensor]], gamma: Tensor) -> Refreshed:
+        means = {name: side.mean(factors[name]) for name, side in self.sides.items()}
         splits = self._splits(means, gamma)
-        inverses: State = {}
+        inverses: Refreshed = {}
         # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
         # factor must not shrink it (a saturated softmax has G = 0 and a gradient).
         curved = (means["input"] > 0) & (means["output"] > 0)
         all_curved = bool(curved.all())
-        for side, factor in factors.items():
+        for name, side in self.sides.items():
+            blocks = factors.pop(name)  # gone before the next side's work space is needed
             if not all_curved:
-                factor = torch.where(curved.reshape(-1, *[1] * (factor.dim() - 1)), factor, 0.0)
-            if self.dense_sides[side]:
-                inverses[f"{side}_inverse"] = damped_inverse(factor, splits[side])
-            else:
-                inverses[f"{side}_inverse"] = 1.0 / (factor + splits[side].unsqueeze(-1))
+                blocks = [torch.where(curved.reshape(-1, *[1] * (block.dim() - 1)), block, 0.0) for block in blocks]
+            inverses[f"{name}_inverse"] = side.inverses(blocks, splits[name])
         return inverses
 
-    def _bases(self, factors: State) -> State:
-        new: State = {}
-        for side, factor in factors.items():
-            if self.dense_sides[side]:
-                new[f"{side}_values"], new[f"{side}_basis"] = eigenbasis(factor)
+    def _bases(self, factors: dict[str, list[Tensor]]) -> Refreshed:
+        new: Refreshed = {}
+        for name, side in self.sides.items():
+            if side.dense:
+                values, vectors = side.eigen(factors[name])
+                new[f"{name}_values"], new[f"{name}_basis"] = [values], [vectors]
             else:
-                new[f"{side}_values"] = factor
+                new[f"{name}_values"] = factors[name]
         return new
 
     def refreshed_tensors(self, state: State) -> list[Tensor]:
@@ -268,7 +236,7 @@ class KroneckerBlock(CurvatureBlock):
         return [state[name] for name in names if name in state]
 
     def refresh_cost(self) -> float:
-        return float(self.groups * sum(n**3 for side, n in self.dims.items() if self.dense_sides[side]))
+        return sum(side.cost() for side in self.sides.values())
 
     def ready(self, state: State) -> bool:
         return int(state["refreshes"]) > 0
@@ -279,33 +247,43 @@ class KroneckerBlock(CurvatureBlock):
     # -- use ----------------------------------------------------------------------------------------------------
 
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
-        if not self.in_basis:
-            right = self._times_inverse(state, "input", matrix.to(self.inverse_dtype))
-            # The output side from the left is the same from the right on the transpose: both inverses are symmetric.
-            return self._times_inverse(state, "output", right.mT, left=True).to(self.dtype)
-        form = self.spectral_form(state, current=False)
-        return form.rotate_back(form.rotate(matrix) / self.denominators(state, damping))
+        if self.in_basis:
+            turned = self._turn(state, matrix) / self.denominators(state, damping)
+            return self._turn(state, turned, back=True)
+        right = self.sides["input"].times_inverse(matrix.to(self.inverse_dtype), state["input_inverse"])
+        return self.sides["output"].inverse_times(state["output_inverse"], right).to(self.dtype)
 
-    def _times_inverse(self, state: State, side: str, matrix: Tensor, *, left: bool = False) -> Tensor:
-        """``M X⁻¹`` of matrices ``[groups, m, n]``, transposed (``X⁻¹ Mᵀ``) with ``left``."""
-        inverse = state[f"{side}_inverse"]
-        if not self.dense_sides[side]:
-            product = matrix * inverse.unsqueeze(-2)
-        elif self._in_panels(side):
-            product = stacked([times_panels(one, packed) for one, packed in zip(matrix, inverse)])
-        elif matrix.shape[0] > 1:
-            return inverse @ matrix.mT if left else matrix @ inverse
-        elif left:
-            return times_transposed(inverse[0], matrix[0]).unsqueeze(0)
-        else:
-            return times_transposed(matrix[0], inverse[0]).unsqueeze(0)
-        return product.mT if left else product
+    def _turn(self, state: State, matrix: Tensor, *, back: bool = False) -> Tensor:
+        """Into the eigenbasis in force, ``Q_Gᵀ M Q_A``, or ``back``."""
+        if not any(side.blocked for side in self.sides.values()):
+            form = SpectralForm(state.get("output_basis"), state.get("input_basis"), matrix)
+            return form.rotate_back(matrix) if back else form.rotate(matrix)
+        if self.dense_sides["input"]:
+            matrix = self.sides["input"].times_basis(matrix, state["input_basis"], back=back)
+        if self.dense_sides["output"]:
+            matrix = self.sides["output"].times_basis(matrix.mT, state["output_basis"], back=back).mT
+        return matrix
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
         """What the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
-        return self.spectral_form(state, current=False).eigenvalues + damping.of(state)
+        return _outer(state["output_values"], state["input_values"]) + damping.of(state)
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
-        parts = self._bases({side: self.factor(state, side) for side in SIDES}) if current else state
-        eigenvalues = parts["output_values"].unsqueeze(-1) * parts["input_values"].unsqueeze(-2)
-        return SpectralForm(parts.get("output_basis"), parts.get("input_basis"), eigenvalues)
+        if current:
+            found = self._bases({side: self._factor_blocks(state, side) for side in SIDES})
+            parts = {name: tensors[0] for name, tensors in found.items()}
+        else:
+            parts = state
+        return self._form(parts, _outer(parts["output_values"], parts["input_values"]))
+
+    def _form(self, parts: State, eigenvalues: Tensor) -> SpectralForm:
+        """With whole bases, also of sides that keep them in blocks."""
+        bases = []
+        for name in ("output_basis", "input_basis"):
+            basis, side = parts.get(name), self.sides[name.partition("_")[0]]
+            bases.append(None if basis is None else side.whole(side.basis_blocks(basis)))
+        return SpectralForm(bases[0], bases[1], eigenvalues)
+
+
+def _outer(output_values: Tensor, input_values: Tensor) -> Tensor:
+    return output_values.unsqueeze(-1) * input_values.unsqueeze(-2)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from kfac_opt.curvature.block import State
+from kfac_opt.curvature.kronecker import Refreshed, Work
 
 
 @dataclass(frozen=True)
@@ -25,16 +23,16 @@ class Job:
 
     step: int
     estimates: int
-    future: Future[State]
+    future: Future[Refreshed]
     done: torch.cuda.Event | None
 
-    def result(self) -> State:
+    def result(self) -> Refreshed:
         """What was computed; waits for it. Raises what the computation raised."""
         found = self.future.result()
         if self.done is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.done)
-            for value in found.values():
+            for value in (tensor for tensors in found.values() for tensor in tensors):
                 value.record_stream(stream)
         return found
 
@@ -47,7 +45,7 @@ class Background:
         self._pool: ThreadPoolExecutor | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def start(self, name: str, work: Callable[[], State], step: int, estimates: int, device: torch.device) -> None:
+    def start(self, name: str, work: Work, step: int, estimates: int, device: torch.device) -> None:
         """Begins ``work``, whose result comes into force at ``step``."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "kfac-refresh", _like_the_caller, (torch.get_num_threads(),))
@@ -61,15 +59,13 @@ class Background:
         """Layers whose refresh comes into force at this step (or should have before)."""
         return [name for name, job in self.jobs.items() if job.step <= step]
 
-    def _on_stream(
-        self, work: Callable[[], State], device: torch.device
-    ) -> tuple[Callable[[], State], torch.cuda.Event]:
+    def _on_stream(self, work: Work, device: torch.device) -> tuple[Work, torch.cuda.Event]:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         stream, ready, done = self._streams[device], torch.cuda.Event(), torch.cuda.Event()
         ready.record(torch.cuda.current_stream(device))
 
-        def beside() -> State:
+        def beside() -> Refreshed:
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 found = work()
@@ -84,8 +80,6 @@ def _like_the_caller(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def _without_gradients(work: Callable[[], State]) -> State:
+def _without_gradients(work: Work) -> Refreshed:
     with torch.no_grad():
-        found = work()
-    assert all(isinstance(value, Tensor) for value in found.values())
-    return found
+        return work()

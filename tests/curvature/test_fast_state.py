@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_opt.curvature import kronecker
+from kfac_opt.curvature import sides
 from tests.support import assert_same, bare_kfac, close, gradients, mlp, train_step
 
 DOUBLE = torch.float64
@@ -24,7 +24,7 @@ def test_panels_give_the_same_factors_and_directions(groups, style, monkeypatch)
     x, y = torch.randn(5, 4, 4, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 1])
     found = []
     for panel_dim in (1, 10**9):
-        monkeypatch.setattr(kronecker, "PANEL_DIM", panel_dim)
+        monkeypatch.setattr(sides, "PANEL_DIM", panel_dim)
         model = conv_model(groups)
         optimizer = bare_kfac(model, damping_style=style, factor_decay=0.5)
         for scale in (1.0, 2.0):
@@ -44,7 +44,7 @@ def test_panels_give_the_same_factors_and_directions(groups, style, monkeypatch)
 
 
 def test_panels_resume_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(kronecker, "PANEL_DIM", 1)
+    monkeypatch.setattr(sides, "PANEL_DIM", 1)
     x, y = torch.randn(5, 4, 4, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 1])
     model, other = conv_model(), conv_model()
     optimizer, resumed = bare_kfac(model, lr=0.1), bare_kfac(other, lr=0.1)

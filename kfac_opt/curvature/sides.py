@@ -1,0 +1,262 @@
+"""One side of a Kronecker block: what is kept of its factor, how that is inverted, and how matrices are multiplied by it.
+
+A side is dense, a row of dense diagonal blocks (``max_block_dim``), or a diagonal (``max_factor_dim``, embeddings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kfac_opt.linalg import damped_inverse, eigenbasis, mean_diagonal, pack_triangle, stacked, triangle_size, unpack_triangle
+from kfac_opt.panels import (
+    FACTOR_PANELS,
+    PANEL_DIM,
+    pack_panels_,
+    panel_diagonal,
+    panel_size,
+    times_panels,
+    unpack_panels,
+)
+from kfac_opt.products import times_transposed
+
+
+class Side:
+    """Shapes and arithmetic of one side; all tensors are passed in.
+
+    Args:
+        dim: size of the factor.
+        groups: of the layer.
+        dense: False keeps the diagonal only.
+        max_block_dim: largest diagonal block; None for one block.
+        unit: features that stay together (the taps of a channel); what is left over goes with the last ones.
+
+    Attributes:
+        ranges: first and last feature (exclusive) of each diagonal block; none for a diagonal.
+    """
+
+    def __init__(self, dim: int, groups: int, *, dense: bool, max_block_dim: int | None = None, unit: int = 1) -> None:
+        self.dim, self.groups, self.dense = dim, groups, dense
+        self.ranges = block_ranges(dim, max_block_dim, unit) if dense else []
+        self.sizes = [end - start for start, end in self.ranges]
+        self.blocked = len(self.ranges) > 1
+        self.packs_at_once = dense and (self.blocked or self.in_panels(dim))
+
+    @staticmethod
+    def in_panels(size: int) -> bool:
+        """Whether factor and inverse of a block of this size are kept as panels of one triangle."""
+        return size >= PANEL_DIM
+
+    # -- shapes -------------------------------------------------------------------------------------------------
+
+    @property
+    def sum_shape(self) -> tuple[int, ...]:
+        """Of the sums of a pass: large ones are packed at once, for those of all layers wait side by side for the step."""
+        if not self.dense:
+            return self.groups, self.dim
+        return self.factor_shape if self.packs_at_once else (self.groups, self.dim, self.dim)
+
+    @property
+    def factor_shape(self) -> tuple[int, int]:
+        """Of the average: one triangle of each block, one after the other."""
+        return self.groups, sum(map(_factor_size, self.sizes)) if self.dense else self.dim
+
+    @property
+    def inverse_shape(self) -> tuple[int, ...]:
+        if self.blocked:
+            return self.groups, sum(map(_inverse_size, self.sizes))
+        if self.dense and self.in_panels(self.dim):
+            return self.groups, panel_size(self.dim)
+        return (self.groups, self.dim, self.dim) if self.dense else (self.groups, self.dim)
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        """Of the eigenvectors of a dense side."""
+        return (self.groups, sum(n * n for n in self.sizes)) if self.blocked else (self.groups, self.dim, self.dim)
+
+    def cost(self) -> float:
+        """Of a refresh, relative: cubes of the sizes."""
+        return float(self.groups * sum(n**3 for n in self.sizes))
+
+    def multiplications(self) -> int:
+        """Of one row with the inverse."""
+        return sum(n * n for n in self.sizes) if self.dense else self.dim
+
+    # -- the factor ---------------------------------------------------------------------------------------------
+
+    def packed(self, blocks: Iterable[Tensor]) -> Tensor:
+        """``factor_shape`` from the diagonal blocks ``[groups, n, n]``."""
+        parts = []
+        for block in blocks:
+            if self.in_panels(block.shape[-1]):
+                part = block.new_empty(block.shape[0], panel_size(block.shape[-1], FACTOR_PANELS))
+                pack_panels_(part, block, FACTOR_PANELS)
+                parts.append(part)
+            else:
+                parts.append(pack_triangle(block))
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def unpacked(self, factor: Tensor) -> list[Tensor]:
+        """The diagonal blocks ``[groups, n, n]``, new tensors."""
+        parts = factor.split(list(map(_factor_size, self.sizes)), dim=-1)
+        return [
+            unpack_panels(part, n, FACTOR_PANELS) if self.in_panels(n) else unpack_triangle(part, n)
+            for part, n in zip(parts, self.sizes)
+        ]
+
+    def whole(self, blocks: list[Tensor]) -> Tensor:
+        """``[groups, dim, dim]`` with these blocks on its diagonal."""
+        if len(blocks) == 1:
+            return blocks[0]
+        matrix = blocks[0].new_zeros(self.groups, self.dim, self.dim)
+        for (start, end), block in zip(self.ranges, blocks):
+            matrix[:, start:end, start:end] = block
+        return matrix
+
+    def diagonal(self, factor: Tensor) -> Tensor:
+        """``[groups, dim]`` of what is kept."""
+        if not self.dense:
+            return factor
+        parts = factor.split(list(map(_factor_size, self.sizes)), dim=-1)
+        found = [
+            panel_diagonal(part, n) if self.in_panels(n) else part.index_select(-1, _row_starts(n, part.device))
+            for part, n in zip(parts, self.sizes)
+        ]
+        return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+
+    def mean(self, blocks: list[Tensor]) -> Tensor:
+        """Mean eigenvalue of the factor, ``[groups]``; of a diagonal side from its one vector."""
+        if not self.dense:
+            return blocks[0].mean(-1)
+        if not self.blocked:
+            return mean_diagonal(blocks[0])
+        return torch.stack([block.diagonal(dim1=-2, dim2=-1).sum(-1) for block in blocks]).sum(0) / self.dim
+
+    # -- refresh ------------------------------------------------------------------------------------------------
+
+    def inverses(self, blocks: list[Tensor], damping: Tensor) -> list[Tensor]:
+        """``(X + γ)⁻¹`` of each block, ``damping [groups]``."""
+        if not self.dense:
+            return [1.0 / (blocks[0] + damping.unsqueeze(-1))]
+        return [damped_inverse(block, damping) for block in blocks]
+
+    def put_inverses_(self, inverse: Tensor, found: list[Tensor]) -> None:
+        """Writes what :meth:`inverses` found into ``inverse_shape``, cast to its dtype."""
+        if not self.blocked:
+            parts = [inverse]
+        else:
+            parts = list(inverse.split(list(map(_inverse_size, self.sizes)), dim=-1))
+        for part, block in zip(parts, found):
+            if self.dense and self.in_panels(block.shape[-1]):
+                pack_panels_(part, block)
+            else:
+                part.copy_(block.reshape(part.shape))
+
+    def eigen(self, blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``[groups, dim]`` and eigenvectors in ``basis_shape`` of a dense side."""
+        values, vectors = zip(*map(eigenbasis, blocks))
+        if not self.blocked:
+            return values[0], vectors[0]
+        return torch.cat(values, dim=-1), torch.cat([part.flatten(-2) for part in vectors], dim=-1)
+
+    def basis_blocks(self, basis: Tensor) -> list[Tensor]:
+        """Views ``[groups, n, n]`` of the eigenvectors of each block."""
+        if not self.blocked:
+            return [basis]
+        parts = basis.split([n * n for n in self.sizes], dim=-1)
+        return [part.unflatten(-1, (n, n)) for part, n in zip(parts, self.sizes)]
+
+    # -- products -----------------------------------------------------------------------------------------------
+
+    def times_inverse(self, matrix: Tensor, inverse: Tensor) -> Tensor:
+        """``M X⁻¹`` of ``[groups, m, dim]``."""
+        if not self.dense:
+            return matrix * inverse.unsqueeze(-2)
+        if not self.blocked:
+            return _times_block(matrix, inverse)
+        result = torch.empty_like(matrix)
+        parts = inverse.split(list(map(_inverse_size, self.sizes)), dim=-1)
+        for (start, end), part in zip(self.ranges, parts):
+            here = matrix[..., start:end].contiguous()
+            result[..., start:end] = _times_block(here, part if self.in_panels(end - start) else _square(part))
+        return result
+
+    def inverse_times(self, inverse: Tensor, matrix: Tensor) -> Tensor:
+        """``X⁻¹ M`` of ``[groups, dim, m]``."""
+        if not self.dense:
+            return matrix * inverse.unsqueeze(-1)
+        if not self.blocked:
+            return _block_times(inverse, matrix)
+        parts = inverse.split(list(map(_inverse_size, self.sizes)), dim=-1)
+        rows = [
+            _block_times(part if self.in_panels(end - start) else _square(part), matrix[:, start:end])
+            for (start, end), part in zip(self.ranges, parts)
+        ]
+        return torch.cat(rows, dim=1)
+
+    def times_basis(self, matrix: Tensor, basis: Tensor, *, back: bool = False) -> Tensor:
+        """``M Q`` of ``[groups, ..., m, dim]``, ``M Qᵀ`` with ``back``."""
+        blocks = [block.mT if back else block for block in self.basis_blocks(basis)]
+        extra = matrix.dim() - 3
+        found = []
+        for (start, end), block in zip(self.ranges, blocks):
+            block = block.reshape(block.shape[0], *[1] * extra, *block.shape[1:])
+            found.append(matrix[..., start:end] @ block)
+        return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+
+
+def block_ranges(dim: int, limit: int | None, unit: int = 1) -> list[tuple[int, int]]:
+    """Even cuts of ``dim`` features into blocks of at most ``limit``, between units of ``unit`` features.
+
+    >>> block_ranges(10, 4)
+    [(0, 3), (3, 6), (6, 10)]
+    >>> block_ranges(19, 6, unit=3)
+    [(0, 6), (6, 12), (12, 19)]
+    """
+    if limit is None or dim <= limit:
+        return [(0, dim)]
+    units = dim // unit
+    number = -(-units // max(1, limit // unit))
+    cuts = [unit * (units * index // number) for index in range(number)] + [dim]
+    return list(zip(cuts[:-1], cuts[1:]))
+
+
+def _factor_size(n: int) -> int:
+    return panel_size(n, FACTOR_PANELS) if Side.in_panels(n) else triangle_size(n)
+
+
+def _inverse_size(n: int) -> int:
+    return panel_size(n) if Side.in_panels(n) else n * n
+
+
+def _square(flat: Tensor) -> Tensor:
+    n = round(flat.shape[-1] ** 0.5)
+    return flat.unflatten(-1, (n, n))
+
+
+def _times_block(matrix: Tensor, inverse: Tensor) -> Tensor:
+    """``M X⁻¹`` with a whole inverse ``[groups, n, n]`` or its panels ``[groups, size]``."""
+    if inverse.dim() == 2:
+        return stacked([times_panels(one, packed) for one, packed in zip(matrix, inverse)])
+    if matrix.shape[0] > 1:
+        return matrix @ inverse
+    return times_transposed(matrix[0], inverse[0]).unsqueeze(0)
+
+
+def _block_times(inverse: Tensor, matrix: Tensor) -> Tensor:
+    """``X⁻¹ M``: for panels from the right on the transpose, for inverses are symmetric."""
+    if inverse.dim() == 2:
+        return _times_block(matrix.mT, inverse).mT
+    if matrix.shape[0] > 1:
+        return inverse @ matrix
+    return times_transposed(inverse[0], matrix[0].mT).unsqueeze(0)
+
+
+@lru_cache(maxsize=64)
+def _row_starts(n: int, device: torch.device) -> Tensor:
+    """Where each row of a packed triangle starts: its diagonal."""
+    rows = torch.arange(n, device=device)
+    return rows * n - rows * (rows - 1) // 2

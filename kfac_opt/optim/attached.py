@@ -119,6 +119,7 @@ class AttachedOptimizer(Optimizer):
             options.factor_dtype,
             self.needs_basis,
             options.inverse_dtype,
+            options.max_block_dim,
         )
         assert self._model is not None
         self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)

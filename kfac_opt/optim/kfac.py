@@ -78,6 +78,11 @@ class KFAC(CurvatureOptimizer):
         max_relative_update: bound of each layer's step relative to the norm of its weights; None switches it off.
         max_factor_dim: a side of a layer larger than this keeps only the diagonal of its factor (a factor of size n
             takes ``n²`` numbers and ``n³`` operations).
+        max_block_dim: a side of a layer larger than this keeps only diagonal blocks of its factor, at most this large:
+            neighbouring inputs, of a convolution whole channels (the bias goes with the last), or neighbouring outputs.
+            Covariances between blocks count as zero, everything else is as before; None keeps whole factors. Sizes ``n``
+            cut into ``k`` blocks take ``1/k`` of the memory and of the products of a step and ``1/k²`` of a refresh
+            (``benchmarks/step_parts.py``; what it costs in convergence: ``configs/compare_optimizers/``).
         outputs: picks the logits, or ``(logits, mask)``, from what the model returns; not needed for a tensor or an
             object with ``.logits``.
         loss_reduction: of the user's loss; only the empirical Fisher needs it.
@@ -123,6 +128,7 @@ class KFAC(CurvatureOptimizer):
         max_relative_update: float | None = 0.05,
         decoupled_weight_decay: bool = True,
         max_factor_dim: int = 8192,
+        max_block_dim: int | None = None,
         outputs: Callable[[Any], Any] | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         factor_dtype: torch.dtype = torch.float32,
@@ -157,6 +163,7 @@ class KFAC(CurvatureOptimizer):
             refresh=refresh,
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
+            max_block_dim=max_block_dim,
             outputs=outputs,
             loss_reduction=loss_reduction,
             factor_dtype=factor_dtype,

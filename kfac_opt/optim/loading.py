@@ -100,7 +100,7 @@ def check_saved(
                     f"load_state_dict: the saved curvature of '{entry.name}' does not fit: {wrong[0]!r} is "
                     f"{list(state[wrong[0]].shape) if wrong[0] in state else 'missing'}, expected "
                     f"{list(expected[wrong[0]].shape)}. Build {owner} with the options that the state was saved with "
-                    "(damping_style, max_factor_dim and the trainable parameters decide the shapes)."
+                    "(damping_style, max_factor_dim, max_block_dim and the trainable parameters decide the shapes)."
                 )
 
 

@@ -27,6 +27,7 @@ class CurvatureOptions:
     refresh: Literal["staggered", "together", "async"] = "staggered"
     weight_sharing: Literal["expand", "reduce"] = "expand"
     max_factor_dim: int = 8192
+    max_block_dim: int | None = None
     outputs: Callable[[Any], Any] | None = None
     loss_reduction: Literal["mean", "sum"] = "mean"
     factor_dtype: torch.dtype = torch.float32
@@ -40,6 +41,8 @@ class CurvatureOptions:
         checks.check_count(owner, "label_samples", self.label_samples)
         checks.check_count(owner, "ramp_steps", self.ramp_steps, low=0)
         checks.check_count(owner, "max_factor_dim", self.max_factor_dim)
+        if self.max_block_dim is not None:
+            checks.check_count(owner, "max_block_dim", self.max_block_dim)
         if self.factor_dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{owner}: factor_dtype must be torch.float32 or torch.float64, got {self.factor_dtype}. Factors in half "

@@ -44,6 +44,7 @@ class BlockOptions:
     factor_dtype: torch.dtype
     needs_basis: bool  # posterior samples need eigenbases with every damping style
     inverse_dtype: torch.dtype | None = None
+    max_block_dim: int | None = None
 
 
 def track(
@@ -123,14 +124,18 @@ def _block(adapter: LayerAdapter, curvature: str, dtype: torch.dtype, options: B
     dtype = torch.promote_types(options.factor_dtype, dtype)
     if adapter.structure == "norm":
         return NormBlock(adapter.layout, adapter, dtype, options.weight_sharing)
+    limit = options.max_factor_dim
     if curvature == "eigenbasis":
-        return EigenbasisBlock(adapter, dtype, options.weight_sharing, max_factor_dim=options.max_factor_dim)
+        return EigenbasisBlock(
+            adapter, dtype, options.weight_sharing, max_factor_dim=limit, max_block_dim=options.max_block_dim
+        )
     return KroneckerBlock(
         adapter,
         dtype,
         options.weight_sharing,
         style=options.damping_style,
-        max_factor_dim=options.max_factor_dim,
+        max_factor_dim=limit,
+        max_block_dim=options.max_block_dim,
         basis=options.needs_basis,
         inverse_dtype=options.inverse_dtype,
     )

@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 
 from kfac_opt.curvature.collector import full_precision
 from kfac_opt.distributed import active_group, sum_over_ranks_
+from kfac_opt.layers import MatrixLayout
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.saved import SavedOptimizer
 from kfac_opt.optim.tracking import TrackedBlock, describe_unused
@@ -222,7 +223,7 @@ class CurvatureOptimizer(SavedOptimizer):
             direction = block.precondition(state, matrix, self._damping(tracked))
         else:
             direction = matrix.clone()  # the plain gradient; the trust region bounds it
-        found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), layout.whole_shape[0])
+        found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), _num_outputs(layout))
         for parameter, gradient, part in zip(tracked.parameters, gradients, layout.from_matrix(direction)):
             if gradient is not None and part is not None:
                 found.add(parameter, part.to(parameter.dtype), found.num_blocks - 1)
@@ -267,3 +268,10 @@ class CurvatureOptimizer(SavedOptimizer):
     def _decay(self, group: dict[str, Any], lr: float) -> float:
         """Decoupled decay of this step."""
         return lr * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
+
+
+def _num_outputs(layout: MatrixLayout) -> int:
+    """Output size by which the bound of a step is measured: a parameter without an adapter is laid out as torch does it."""
+    if layout.kind != "flat":
+        return layout.whole_shape[0]
+    return next((size for size in layout.weight_shape if size > 1), 1)

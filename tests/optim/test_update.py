@@ -246,6 +246,24 @@ def test_layers_initialised_at_zero_can_move():
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize(("shape", "outputs"), [((6, 2), 6), ((1, 1, 6), 6), ((6, 1, 1), 6), ((6,), 6), ((), 1)])
+def test_parameters_of_their_own_that_start_at_zero_move_as_far_as_a_layer_of_their_size(shape, outputs):
+    """``max_relative_update`` times the floor ``0.1 sqrt(out_dim)``, reached because nothing else bounds the step."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.head = nn.Parameter(torch.zeros(shape, dtype=torch.float64)), nn.Linear(4, 3).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x) * (1 + self.shift.sum())
+
+    model = Shifted()
+    optimizer = bare_kfac(model, lr=1e6, max_relative_update=0.05)
+    train_step(optimizer, model, *data())
+    assert float(model.shift.detach().norm()) == pytest.approx(0.05 * 0.1 * outputs**0.5, rel=1e-6)
+
+
 def test_kl_clip_bounds_the_quadratic_form_of_the_step():
     """``lr² <V, s d> s <= kl_clip``, with equality where the clip is active."""
     model, twin = mlp(), mlp()

@@ -84,6 +84,7 @@ class Collector:
         self._running = _Running()
         self._pass_index = 0
         self._watched = 0
+        self._contradicted = False
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _let_go, id(self), self._handles)
 
@@ -417,11 +418,11 @@ class Collector:
 
     def contradiction(self, logits: Tensor, gradient: Tensor) -> None:
         """Warns when the loss's output gradient cannot come from the likelihood."""
-        if not bool(torch.isfinite(gradient).all()):
+        if self._contradicted or not bool(torch.isfinite(gradient).all()):
             return
         reason = self.likelihood.contradiction(logits, gradient)
         if reason is not None:
-            self._watched = WATCHED_PASSES
+            self._contradicted, self._watched = True, WATCHED_PASSES
             warnings.warn(
                 f"the likelihood '{self.likelihood.name}' does not fit the loss: {reason}. The Fisher matrix is that of "
                 "the likelihood, not of the loss. Choose likelihood='categorical', 'bernoulli' or 'gaussian' to match "

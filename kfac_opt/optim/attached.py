@@ -20,7 +20,7 @@ from kfac_opt.optim import options as checks
 from kfac_opt.optim.estimation import Estimation
 from kfac_opt.optim.options import derive_seed, seeded
 from kfac_opt.optim.settings import CurvatureOptions
-from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, track
+from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, replaced, track, uncovered
 from kfac_opt.optim.views import CurvatureMapping, CurvatureView
 
 LABELS = 1  # purpose numbers of derived seeds
@@ -133,19 +133,31 @@ class AttachedOptimizer(Optimizer):
             background=options.refresh == "async",
         )
         self._built_for = [group["curvature"] for group in self.param_groups]
+        self._gone = uncovered(self.param_groups, self._tracked)  # parameters that left the model are not looked for again
         views = {name: self._view(name, tracked) for name, tracked in self._tracked.items()}
         self._views = CurvatureMapping(views)
 
     def _cover_unfrozen(self) -> bool:
-        """Gives blocks to parameters that were frozen when the blocks were made and are trained now.
-
-        Passes since the last step belong to the old blocks and are dropped, and so is the curvature of a layer whose
-        bias joins its matrix.
-        """
-        covered = {id(parameter) for tracked in self._tracked.values() for parameter in tracked.parameters}
-        groups = [group["params"] for group in self.param_groups if group["curvature"] != "identity"]
-        if all(id(p) in covered or not p.requires_grad for members in groups for p in members):
+        """Gives blocks to parameters that were frozen when the blocks were made and are trained now."""
+        if uncovered(self.param_groups, self._tracked) <= self._gone:
             return False
+        self._remake_blocks()
+        return True
+
+    def _cover_replaced(self) -> bool:
+        """Gives blocks to layers that were parametrized, pruned or wrapped since the blocks were made."""
+        if not replaced(type(self).__name__, self._require_model(), self.param_groups, self._tracked):
+            return False
+        self._remake_blocks()
+        return True
+
+    def _remake_blocks(self) -> None:
+        """Blocks for the model as it is now.
+
+        Passes since the last step belong to the old blocks and are dropped, and so is the curvature of a layer whose block
+        is another one now (a bias that joins its matrix).
+        """
+        groups = [group["params"] for group in self.param_groups if group["curvature"] != "identity"]
         before = {id(tracked.weight): tracked.block for tracked in self._tracked.values()}
         self._track()
         now = {id(tracked.weight): tracked.block for tracked in self._tracked.values()}
@@ -154,7 +166,6 @@ class AttachedOptimizer(Optimizer):
             if parameter in self.state and (type(old), old and old.layout) != (type(new), new and new.layout):
                 self.state[parameter].pop("curvature", None)
         self._collector.reset()
-        return True
 
     def _view(self, name: str, tracked: TrackedBlock) -> CurvatureView:
         this = weakref.proxy(self)

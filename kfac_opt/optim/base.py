@@ -113,11 +113,11 @@ class CurvatureOptimizer(SavedOptimizer):
 
     def _advance_curvature(self) -> None:
         """State, estimates and refreshes of this step; counts it."""
-        unfrozen = self._cover_unfrozen()
+        changed = self._cover_unfrozen() or (self._collector.attached and self._cover_replaced())
         self._init_state()
         step = self._step_count()
         groups = self._as_armed()
-        due = {} if unfrozen else self._estimation.due(step, groups, self._states())
+        due = {} if changed else self._estimation.due(step, groups, self._states())
         pending = None
         if due:
             self._refuse_unseen()

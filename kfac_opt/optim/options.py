@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -172,6 +173,11 @@ def parameter_groups(owner: str, model: nn.Module, params: object) -> list[dict[
                     f"{owner}: parameter '{known[id(parameter)]}' is complex ({parameter.dtype}); the Fisher matrix here "
                     "is real. Leave it to another optimizer or store real and imaginary part."
                 )
+    for number, group in enumerate(groups):
+        counts = Counter(id(entry[1] if isinstance(entry, tuple) else entry) for entry in group["params"])
+        twice = sorted(known[member] for member, count in counts.items() if count > 1)
+        if twice:
+            raise ValueError(f"{owner}: parameter group {number} holds {', '.join(map(repr, twice))} twice. List it once.")
     if not any(group["params"] for group in groups):
         raise ValueError(f"{owner}: the model has no trainable parameters. Unfreeze some with requires_grad_(True).")
     return groups

@@ -179,3 +179,39 @@ def describe_unused(owner: str, names: list[str], foreign: set[str]) -> None:
             "class it derives from; diagonal curvature is used there from now on. register_layer adds adapters.",
             stacklevel=3,
         )
+
+
+def uncovered(groups: list[dict[str, Any]], tracked: dict[str, TrackedBlock]) -> set[int]:
+    """Ids of trainable parameters that no block belongs to."""
+    covered = {id(parameter) for entry in tracked.values() for parameter in entry.parameters}
+    members = [group["params"] for group in groups if group["curvature"] != "identity"]
+    return {id(p) for parameters in members for p in parameters if p.requires_grad and id(p) not in covered}
+
+
+def replaced(owner: str, model: nn.Module, groups: list[dict[str, Any]], tracked: dict[str, TrackedBlock]) -> bool:
+    """Whether a layer is no longer the module, with the weight, that its block was made for.
+
+    Raises:
+        RuntimeError: if trainable parameters that are in no group have taken its place.
+    """
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    changed = False
+    for name, entry in tracked.items():
+        if entry.module is None:
+            continue
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            changed = True
+            continue
+        if module is entry.module and module._parameters.get("weight") is entry.weight:
+            continue
+        changed = True
+        lost = [own for own, p in module.named_parameters(name) if p.requires_grad and id(p) not in known]
+        if lost:
+            raise RuntimeError(
+                f"{owner}: {', '.join(map(repr, lost))} took the place of parameters that the optimizer was built with and "
+                "would not be trained (a replaced layer, load_state_dict(assign=True) or to_empty() does that). Hand them to "
+                f"add_param_group(), or build {owner} again."
+            )
+    return changed

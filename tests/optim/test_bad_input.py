@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -180,6 +181,12 @@ def test_a_parameter_in_two_groups():
     model = mlp()
     with pytest.raises(ValueError, match=r"more than one parameter group|0\.weight"):
         KFAC(model, [{"params": model[0].parameters()}, {"params": model.parameters()}])
+
+
+def test_a_parameter_twice_in_a_group():
+    model = mlp()
+    with pytest.raises(ValueError, match=r"group 0 holds '0.weight' twice"):
+        KFAC(model, [model[0].weight, model[0].bias, model[0].weight])
 
 
 def test_weight_and_bias_in_different_groups():
@@ -442,6 +449,17 @@ def test_warnings_point_at_the_line_that_builds_the_optimizer():
     with pytest.warns(UserWarning, match="'1.weight'") as caught:
         KFAC(model)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_contradiction_is_said_once():
+    model, x = mlp(), data()[0]
+    optimizer = KFAC(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        F.triplet_margin_loss(model(x), model(x + 0.1), model(x.flip(0)), margin=5.0).backward()
+        optimizer.step()
+        train_step(optimizer, model, x, torch.randn(8, 3, dtype=DOUBLE), F.mse_loss)
+    assert len([w for w in caught if "likelihood" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("name", ["nesterov", "maximize", "decoupled_weight_decay", "foreach"])

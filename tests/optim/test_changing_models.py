@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -334,3 +335,51 @@ def test_validation_in_another_thread_leaves_the_pass_of_training_alone(fisher):
         optimizer.step()
         factors.append([v.to_dense() for v in optimizer.curvature.values()])
     assert all(torch.equal(a, b) for a, b in zip(*factors))
+
+
+def test_a_replaced_layer_is_noticed_and_can_be_added():
+    model, (x, y) = mlp(torch.float32), data(dtype=torch.float32)
+    optimizer = KFAC(model, factor_interval=1)
+    train_step(optimizer, model, x, y)
+    model[2] = nn.Linear(5, 3)
+    with pytest.raises(RuntimeError, match=r"'2.weight', '2.bias' took the place.*add_param_group"):
+        train_step(optimizer, model, x, y)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    before = model[2].weight.detach().clone()
+    for _ in range(4):
+        train_step(optimizer, model, x, y)
+    assert not torch.equal(before, model[2].weight)
+    # Three or four estimates: the old layer's parameters are still in their group, without a place in the model.
+    assert float(optimizer.state[model[2].weight]["curvature"]["weight"]) == pytest.approx(1 - 0.95**4, rel=1e-5)
+    assert list(optimizer.curvature) == ["0", "2"]
+
+
+def test_weights_assigned_from_a_checkpoint_are_noticed():
+    model, (x, y) = mlp(torch.float32), data(dtype=torch.float32)
+    optimizer = KFAC(model)
+    train_step(optimizer, model, x, y)
+    model.load_state_dict({n: p.clone() for n, p in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"'0.weight', '0.bias' took the place.*assign=True"):
+        train_step(optimizer, model, x, y)
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_a_layer_that_is_pruned_or_parametrized_later_gets_the_block_of_what_it_is_now(how):
+    model, (x, y) = mlp(torch.float32), data(dtype=torch.float32)
+    optimizer = KFAC(model, factor_interval=1)
+    train_step(optimizer, model, x, y)
+    weight = model[0].weight
+    if how == "pruned":
+        nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+        name = "0.weight_orig"
+    else:
+        nn.utils.parametrizations.spectral_norm(model[0])
+        name = "0.parametrizations.weight.original"
+    before = weight.detach().clone()
+    with pytest.warns(UserWarning, match=rf"no layer adapter covers '0.bias', '{name}'"):
+        train_step(optimizer, model, x, y)
+    for _ in range(3):
+        train_step(optimizer, model, x, y)
+    assert list(optimizer.curvature) == ["0.bias", name, "2"]
+    assert optimizer.curvature[name].diagonal.shape == weight.shape
+    assert not torch.equal(before, weight)

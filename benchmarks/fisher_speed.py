@@ -169,7 +169,7 @@ def _bars(values: dict[str, float]) -> bytes:
         bars = ax.barh(list(values), list(values.values()), color=colours, height=0.6)
         ax.bar_label(bars, fmt="%.0f", fontsize=9, padding=3)
         ax.invert_yaxis()
-        ax.set(xlabel="ms per call", xscale="log")
+        ax.set(xlabel="ms per call")
         ax.grid(visible=False, axis="y")
         return figure_png(figure)
 

@@ -110,7 +110,7 @@ def test_spectrum_script_leaves_tables_figures_and_findings(tmp_path: Path):
     report = fisher_spectrum.main(arguments(tmp_path, SPECTRUM))
     content = check_files(tmp_path, {"panels", "panels_log", "kfac"})
     assert len(content["spectra"]) == 6
-    assert len(report.findings) == 3
+    assert len(report.findings) == 4
     exact = next(s for s in content["spectra"] if (s["kind"], s["blocks"]) == ("exact", "full"))
     errors = {e["label"]: e["errors"][0]["wasserstein"] for e in exact["estimates"]}
     assert errors["block Lanczos 2 × 20, snapped"] < errors["SLQ 2 × 8"]

@@ -43,8 +43,9 @@ def outlier_figure(runs: list[Run]) -> bytes:
             other.spines["right"].set_visible(True)
             other.set_ylabel("validation loss in nats")
             ax.axvline(found.moments[found.best].epoch, color="#777777", linestyle=":", linewidth=1)
+            other.ticklabel_format(useOffset=False)
             lines = [*ax.get_lines()[:2], other.get_lines()[0]]
-            ax.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="center right")
+        figure.legend(lines, [line.get_label() for line in lines], loc="outside upper center", ncols=3)
         return figure_png(figure)
 
 
@@ -59,14 +60,21 @@ def projection_figure(config: OutlierConfig, runs: list[Run]) -> bytes:
             shares = np.ma.masked_equal(counts / counts.sum(0), 0)
             norm = LogNorm(1 / counts.sum(0).max(), 1)
             image = ax.imshow(shares, origin="lower", aspect="auto", cmap="viridis", norm=norm)
-            ticks = [i for i, edge in enumerate(edges) if abs(math.log10(abs(edge)) % 2) < 1e-6]
-            ax.set_yticks([i + 0.5 for i in ticks], [f"{edges[i]:g}" for i in ticks], fontsize=7)
+            ticks = {len(edges) // 2: "0"}  # the middle bin; edges lie half a bin above the one with their number
+            ticks |= {i + 0.5: f"{edge:g}" for i, edge in enumerate(edges) if _is_labelled(edge, config.low)}
+            ax.set_yticks(list(ticks), list(ticks.values()), fontsize=7)
             places = range(0, len(found.moments), max(1, len(found.moments) // 6))
             ax.set_xticks(list(places), [f"{found.moments[i].epoch:.1f}" for i in places])
             ax.set(xlabel="epoch", ylabel="projection a", title=found.setting.label)
             ax.grid(visible=False)
             figure.colorbar(image, ax=ax, label="share of the examples")
         return figure_png(figure)
+
+
+def _is_labelled(edge: float, low: float) -> bool:
+    """Every second decade, away from the middle bin."""
+    decade = math.log10(abs(edge))
+    return decade > low + 0.5 and min(decade % 2, 2 - decade % 2) < 1e-6
 
 
 def trimmed_figure(runs: list[Run]) -> bytes:

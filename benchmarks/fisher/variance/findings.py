@@ -72,7 +72,7 @@ def findings(
             "the variance follows the size of the Jacobian, so that it grows with the norm of the weights",
             verdict(correlation > 0.8 and norm_slope > 0),
             f"rank correlation of ‖Cov(I1)‖ with its bound over all nets {correlation:.2f}; it grows as (weight norm)^"
-            f"{norm_slope:.2f} up to the trained norm, beyond it sure predictions take it away again, and as width^"
+            f"{norm_slope:.2f} up to the trained norm{_beyond(norms)}, and as width^"
             f"{width_slope:.2f} at PyTorch's initialisation, whose weights shrink with the width",
         ),
         Finding(
@@ -81,6 +81,17 @@ def findings(
             ", ".join(f"step {p.x:g}: {value:.2f}" for p, value in zip(snapshots, relative)),
         ),
     ]
+
+
+def _beyond(norms: list[Point]) -> str:
+    """What larger weights than the trained ones do."""
+    largest = max(norms, key=lambda p: p.x)
+    trained = min(norms, key=lambda p: abs(p.x - 1.0))
+    if largest.x <= 1.0:
+        return ""
+    if largest.covariance < trained.covariance:
+        return f" (at × {largest.x:g} it is {largest.covariance:.2g} of {trained.covariance:.2g}: the predictions are sure)"
+    return f", to {largest.covariance / trained.covariance:.2g} times at × {largest.x:g}"
 
 
 def _rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:

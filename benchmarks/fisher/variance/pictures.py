@@ -7,6 +7,9 @@ from benchmarks.common.page import Figure
 from benchmarks.fisher.variance.checks import Check
 from benchmarks.fisher.variance.study import Point, VarianceConfig
 
+SHOWN = 1e-10
+"""What is smaller than this share of the largest value is left out of a picture."""
+
 
 def pictures(
     config: VarianceConfig,
@@ -36,6 +39,7 @@ def pictures(
 
 def _check_figure(labels: list[Check], averages: list[Check]) -> bytes:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     with house_style():
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -48,6 +52,8 @@ def _check_figure(labels: list[Check], averages: list[Check]) -> bytes:
             ax.set(xscale="log", yscale="log", xlabel=name)
             ax.set_xticks(x, [f"{c.x:g}" for c in checks])
             ax.minorticks_off()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes[1].invert_xaxis()
         axes[0].set_ylabel("‖F sampled − F‖ / ‖F‖")
         axes[0].legend()
@@ -59,6 +65,7 @@ def _sweep_figure(points: list[Point], x_label: str) -> bytes:
 
     with house_style():
         figure, ax = plt.subplots(figsize=(5.6, 3.8))
+        points = [p for p in points if p.covariance > 0]  # nothing to draw on a logarithmic axis
         x = [p.x for p in points]
         ax.plot(x, [p.covariance for p in points], "o-", color=COLOURS[0], label="‖Cov(I1)‖")
         ax.plot(x, [p.bound for p in points], "--", color=COLOURS[0], label="its bound")
@@ -68,5 +75,7 @@ def _sweep_figure(points: list[Point], x_label: str) -> bytes:
         ax.set(xscale="log", yscale="log", xlabel=x_label)
         ax.set_xticks(x, [f"{value:g}" for value in x])
         ax.minorticks_off()
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, SHOWN * high), high)
         ax.legend()
         return figure_png(figure)

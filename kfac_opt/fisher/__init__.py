@@ -1,7 +1,6 @@
 """Looking at the Fisher matrix: spectra, estimator variance, gradients."""
 
 from kfac_opt.fisher.gradients import (
-    GradientMonitor,
     GradientStatistics,
     LayerGradients,
     Outliers,
@@ -9,6 +8,7 @@ from kfac_opt.fisher.gradients import (
     symmetric_log_bins,
 )
 from kfac_opt.fisher.matrix import FisherMatrix
+from kfac_opt.fisher.monitor import GradientMonitor
 from kfac_opt.fisher.spectrum import SpectralDensity, SpectralErrors, spectral_density
 from kfac_opt.fisher.variance import (
     EstimatorVariance,

@@ -18,7 +18,8 @@ from kfac_opt.fisher.routes import DenseRoute, StoreRoute, dense_blocks, gram_ma
 from kfac_opt.fisher.source import FisherSource, is_number, readable
 from kfac_opt.fisher.stores import Store
 from kfac_opt.fisher.terms import FisherKind
-from kfac_opt.lanczos import TopEigenpairs, drive
+from kfac_opt.krylov import TopEigenpairs
+from kfac_opt.lanczos import drive
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 
 KINDS = ("exact", "mc", "empirical")

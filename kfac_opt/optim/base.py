@@ -12,11 +12,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler
 
 from kfac_opt.curvature.collector import full_precision
+from kfac_opt.curvature.passes import Pending
 from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.layers import MatrixLayout
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.saved import SavedOptimizer
-from kfac_opt.optim.tracking import TrackedBlock, describe_unused
+from kfac_opt.optim.tracking import TrackedBlock, describe_apart, describe_unused
 from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
 
 
@@ -123,7 +124,7 @@ class CurvatureOptimizer(SavedOptimizer):
             self._refuse_unseen()
             self._refuse_hidden(due)
             pending = self._collector.take()
-            self._flatten_unused(due, pending.num_terms)
+            self._flatten_unused(due, pending)
         self._estimation.advance(self._states(), pending, step, groups, self._damping)
         steps = [self.state[p]["step"] for group in self.param_groups for p in group["params"] if p in self.state]
         torch._foreach_add_(steps, 1)
@@ -149,12 +150,15 @@ class CurvatureOptimizer(SavedOptimizer):
                     "hooks. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
                 )
 
-    def _flatten_unused(self, due: dict[str, TrackedBlock], num_terms: int) -> None:
-        """Layers used through their weight only (their forward never ran) move to diagonal blocks, once, by name."""
+    def _flatten_unused(self, due: dict[str, TrackedBlock], pending: Pending) -> None:
+        """Layers used through their weight only (their forward never ran) move to diagonal blocks, once, by name.
+
+        What has a gradient that does not come through the logits is named as well.
+        """
         if self._checked_unused:
             return
         layers = {name: entry for name, entry in due.items() if entry.module is not None}
-        ran = [float(num_terms), *(float(name in self._collector.fired) for name in layers)]
+        ran = [float(pending.num_terms), *(float(name in self._collector.fired) for name in layers)]
         group = active_group(self._options.process_group)
         if group is not None:  # a layer that only another rank used is no layer without a forward
             device = next(iter(due.values())).weight.device
@@ -172,6 +176,10 @@ class CurvatureOptimizer(SavedOptimizer):
         if unused:
             describe_unused(type(self).__name__, unused, self._collector.foreign)
             self._flatten(unused)
+        if pending.num_terms:
+            apart = [name for name in due if name not in pending.statistics and name not in unused]
+            apart = [n for n in apart if any(p.grad is not None and bool(p.grad.any()) for p in due[n].parameters)]
+            describe_apart(type(self).__name__, apart)
 
     def _flatten(self, names: list[str]) -> None:
         for name in names:
@@ -236,7 +244,7 @@ class CurvatureOptimizer(SavedOptimizer):
         foreach = self._options.foreach is not False
         lr = float(group["lr"])
         trust_region = group["curvature"] != "identity"
-        updates = found.directions
+        updates, factors = found.directions, None
         if trust_region and group["kl_clip"] is not None and found.num_blocks:
             scale = kl_clip_factor(found.products, lr, float(group["kl_clip"]))
             self._trust_region_scales[number] = scale
@@ -253,8 +261,8 @@ class CurvatureOptimizer(SavedOptimizer):
                 reuse=group["curvature"] != "identity",  # whose directions are the gradients themselves
             )
         if trust_region and group["max_relative_update"] is not None and found.num_blocks:
-            bound_updates_(updates, found, lr, float(group["max_relative_update"]))
-        apply_(found.parameters, updates, lr, self._decay(group, lr), foreach=foreach)
+            factors = bound_updates_(updates, found, lr, float(group["max_relative_update"]))
+        apply_(found.parameters, updates, lr, self._decay(group, lr), factors, foreach=foreach)
 
     def _before_momentum(
         self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor], lr: float

@@ -104,6 +104,11 @@ def check_model(owner: str, model: object) -> nn.Module:
             f"{owner}: the first argument must be the model (torch.nn.Module), got {type(model).__name__}. Call "
             f"{owner}(model, lr=...); parameters or groups go into the second argument, params."
         )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(
+            f"{owner}: the model is, or holds, a torch.jit.ScriptModule, which runs outside Python and calls no hooks. Build "
+            f"{owner} on the plain module; torch.compile(model) is supported."
+        )
     if any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
         raise ValueError(
             f"{owner}: the model is sharded (FullyShardedDataParallel), and no rank holds a layer's weight as a whole. Use "

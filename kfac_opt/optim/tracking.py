@@ -181,6 +181,17 @@ def describe_unused(owner: str, names: list[str], foreign: set[str]) -> None:
         )
 
 
+def describe_apart(owner: str, names: list[str]) -> None:
+    """Says which parameters the Fisher matrix does not know."""
+    if names:
+        warnings.warn(
+            f"{owner}: the gradient of {', '.join(map(repr, names))} does not come through the logits that the Fisher matrix "
+            "belongs to (another output of the model, an auxiliary loss): there is no curvature, the plain gradient is used. "
+            "outputs= picks other logits, or joins several of one shape: outputs=lambda out: torch.cat([out.a, out.b]).",
+            stacklevel=3,
+        )
+
+
 def uncovered(groups: list[dict[str, Any]], tracked: dict[str, TrackedBlock]) -> set[int]:
     """Ids of trainable parameters that no block belongs to."""
     covered = {id(parameter) for entry in tracked.values() for parameter in entry.parameters}

@@ -250,6 +250,13 @@ def test_complex_parameters_are_refused_by_name():
         train_step(KFAC(model), model, torch.randn(6, 4), torch.randint(3, (6,)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_and_traced_models_are_refused():
+    for scripted in (torch.jit.script(mlp()), nn.Sequential(torch.jit.trace(mlp(), data()[0]))):
+        with pytest.raises(TypeError, match=r"ScriptModule.*plain module"):
+            KFAC(scripted)
+
+
 def test_a_model_on_the_meta_device_is_refused_until_it_is_materialised():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))

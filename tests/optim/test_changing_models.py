@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -383,3 +384,60 @@ def test_a_layer_that_is_pruned_or_parametrized_later_gets_the_block_of_what_it_
     assert list(optimizer.curvature) == ["0.bias", name, "2"]
     assert optimizer.curvature[name].diagonal.shape == weight.shape
     assert not torch.equal(before, weight)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = torch.tanh(self.body(x))
+        return {"logits": self.first(hidden), "extra": self.second(hidden)}
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_a_head_that_the_fisher_does_not_know_is_named_and_trained(fisher):
+    model, (x, y) = TwoHeads(), data(dtype=torch.float32)
+    optimizer, before = KFAC(model, fisher=fisher), model.second.weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(x)
+            (F.cross_entropy(out["logits"], y) + F.cross_entropy(out["extra"], y.flip(0))).backward()
+            optimizer.step()
+    assert [str(w.message).split(" does")[0] for w in caught] == ["KFAC: the gradient of 'second'"]
+    assert not torch.equal(before, model.second.weight)
+
+
+def test_joined_heads_all_get_curvature():
+    model, (x, y) = TwoHeads(), data(dtype=torch.float32)
+    optimizer = KFAC(model, outputs=lambda out: torch.cat([out["logits"], out["extra"]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(x)
+            (F.cross_entropy(out["logits"], y) + F.cross_entropy(out["extra"], y.flip(0))).backward()
+            optimizer.step()
+    assert all(float(view.to_dense().trace()) > 0 for view in optimizer.curvature.values())
+
+
+def test_an_expert_that_is_not_used_is_not_named():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.number = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[self.number](x)
+
+    model, (x, y) = Experts(), data(dtype=torch.float32)
+    optimizer = KFAC(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(6):
+            model.number = step // 3
+            train_step(optimizer, model, x, y)
+    assert all(float(view.to_dense().trace()) > 0 for view in optimizer.curvature.values())

@@ -104,7 +104,10 @@ class Sampler:
 def write_draw_(parameters: dict[str, Tensor], means: dict[str, Tensor], noise: dict[str, Tensor], sign: float) -> None:
     """``w ← μ + sign · ε``; parameters without noise get their mean."""
     for name, parameter in parameters.items():
-        if name in noise:
-            parameter.copy_(add_noise(means[name], noise[name] if sign > 0 else -noise[name]))
+        mean, part = means[name], noise.get(name)
+        if part is None:
+            parameter.copy_(mean)
+        elif part.dtype == mean.dtype:
+            torch.add(mean, part, alpha=sign, out=parameter)
         else:
-            parameter.copy_(means[name])
+            parameter.copy_(add_noise(mean, part if sign > 0 else -part))

@@ -63,12 +63,14 @@ class SamplingOptimizer(CurvatureOptimizer):
         self._noise_mean: dict[int, Tensor] = {}  # of the step being taken, by the id of the parameter
         self._discard = False
         self._dropped_samples = 0
+        self._drawn: tuple[object, list[PosteriorBlock]] = ((), [])  # covariances of the training draws, and their key
 
     # -- construction, copying ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group can neither be pickled nor copied.
-        return {**super().__getstate__(), "_variational": replace(self._variational, sample_group=None)}
+        kept = {"_variational": replace(self._variational, sample_group=None), "_drawn": ((), [])}
+        return {**super().__getstate__(), **kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SamplingOptimizer:
         copied = super().__deepcopy__(memo)
@@ -82,8 +84,13 @@ class SamplingOptimizer(CurvatureOptimizer):
         if "_inside" not in self.__dict__:
             self._reset_transient()
 
+    def _install(self, saved: dict[str, Any]) -> None:
+        super()._install(saved)
+        self._drawn = ((), [])
+
     def _track(self) -> None:
         super()._track()
+        self._drawn = ((), [])
         self._names = parameter_names(self._require_model())
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -109,6 +116,18 @@ class SamplingOptimizer(CurvatureOptimizer):
             damping=self._variational.posterior_damping,
             current=current,
         )
+
+    def _drawing_blocks(self) -> list[PosteriorBlock]:
+        """Covariances of the training draws: they change when curvature is refreshed or a width is written, not each step."""
+        key = []
+        for tracked in self._tracked.values():
+            state = self._block_state(tracked)
+            if state is not None:
+                counts = [float(state[name]) for name in ("refreshes", "weight", "scales_weight") if name in state]
+                key.append((tracked.name, *counts, self._width(tracked)))
+        if self._drawn[0] != key:
+            self._drawn = (key, self._blocks(current=False))
+        return self._drawn[1]
 
     def _noisy_layers(self) -> dict[str, nn.Module]:
         modules = {name: tracked.module for name, tracked in self._tracked.items()}
@@ -173,7 +192,7 @@ class SamplingOptimizer(CurvatureOptimizer):
                 sampler = Sampler(
                     dict(zip(named, means)),
                     named,
-                    self._blocks(current=False),
+                    self._drawing_blocks(),
                     self._noisy_layers(),
                     self._generator,
                     antithetic=self._variational.antithetic,

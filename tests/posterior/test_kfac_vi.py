@@ -645,6 +645,34 @@ def test_resuming_is_bit_for_bit_including_the_noise(curvature: str, tmp_path: A
     assert_same(resumed.posterior().sample(), optimizer.posterior().sample())
 
 
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
+def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_widths_at_every_step(curvature: str):
+    model = mlp()
+    optimizer = vi(model, curvature=curvature, factor_interval=4, inverse_interval=6, ramp_steps=1)
+    other_model = mlp()
+    other = vi(other_model, curvature=curvature, generator=torch.Generator().manual_seed(7))
+    train(other, other_model, 14, seed=70)
+    reused = 0
+    for step in range(14):
+        before = optimizer._drawn[1]
+        if step == 6:
+            optimizer.param_groups[0]["temperature"] = 0.5
+        if step == 12:
+            saved = copy.deepcopy(other.state_dict())
+            for group in saved["param_groups"]:
+                group["temperature"] = 0.5
+            optimizer.load_state_dict(saved)
+        kept, fresh = optimizer._drawing_blocks(), optimizer._blocks(current=False)
+        reused += bool(kept) and kept is before
+        assert [block.weight for block in kept] == [block.weight for block in fresh]
+        for one, two in zip(kept, fresh, strict=True):
+            assert torch.equal(one.deviation, two.deviation), (step, one.weight)
+            noise = torch.ones(one.layout.shape, dtype=torch.float64)
+            assert torch.equal(one.correlate_(noise.clone()), two.correlate_(noise.clone()))
+        train(optimizer, model, 1, seed=step)
+    assert reused >= 2, "nothing was kept"
+
+
 def test_a_copied_pair_goes_on_alike_and_pickles_without_its_model():
     model = mlp()
     optimizer = vi(model, num_samples=2, prior_gradient="sample")

@@ -250,7 +250,7 @@ class KroneckerBlock(CurvatureBlock):
         if self.in_basis:
             turned = self._turn(state, matrix) / self.denominators(state, damping)
             return self._turn(state, turned, back=True)
-        right = self.sides["input"].times_inverse(matrix.to(self.inverse_dtype), state["input_inverse"])
+        right = self.sides["input"].times_inverse(matrix, state["input_inverse"])
         return self.sides["output"].inverse_times(state["output_inverse"], right).to(self.dtype)
 
     def _turn(self, state: State, matrix: Tensor, *, back: bool = False) -> Tensor:

@@ -172,15 +172,16 @@ class Side:
     # -- products -----------------------------------------------------------------------------------------------
 
     def times_inverse(self, matrix: Tensor, inverse: Tensor) -> Tensor:
-        """``M X⁻¹`` of ``[groups, m, dim]``."""
+        """``M X⁻¹`` of ``[groups, m, dim]``, in the dtype of the inverse."""
         if not self.dense:
-            return matrix * inverse.unsqueeze(-2)
+            return matrix.to(inverse.dtype) * inverse.unsqueeze(-2)
         if not self.blocked:
-            return _times_block(matrix, inverse)
-        result = torch.empty_like(matrix)
+            return _times_block(matrix.to(inverse.dtype), inverse)
+        result = torch.empty_like(matrix, dtype=inverse.dtype)
         parts = inverse.split(list(map(_inverse_size, self.sizes)), dim=-1)
         for (start, end), part in zip(self.ranges, parts):
-            here = matrix[..., start:end].contiguous()
+            here = torch.empty(*matrix.shape[:-1], end - start, dtype=inverse.dtype, device=inverse.device)
+            here.copy_(matrix[..., start:end])
             result[..., start:end] = _times_block(here, part if self.in_panels(end - start) else _square(part))
         return result
 

@@ -18,6 +18,7 @@ from kfac_opt.linalg import FactorizationError
 from kfac_opt.optim.background import Background
 from kfac_opt.optim.schedule import factors_due, refresh_due, refresh_phases, refresh_round
 from kfac_opt.optim.tracking import TrackedBlock
+from kfac_opt.products import keep_freed_memory
 
 HAND_OVER = 0.1  # of a refresh round: when a refresh in the background comes into force
 
@@ -49,6 +50,8 @@ class Estimation:
     ) -> None:
         self.background = Background() if background else None
         self.tracked, self.ramp_steps, self.process_group = tracked, ramp_steps, process_group
+        if any(entry.weight.device.type == "cpu" for entry in tracked.values()):
+            keep_freed_memory()
         costs = [entry.block.refresh_cost() for entry in tracked.values()]
         self.phases = dict(zip(tracked, refresh_phases(costs, staggered=staggered)))
 

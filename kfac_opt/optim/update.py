@@ -125,16 +125,21 @@ def momentum_(
     return updates
 
 
-def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_relative_update: float) -> None:
-    """Shortens each block's update so that ``‖lr · u‖ ≤ max_relative_update · max(‖W‖, floor)``, in place.
+def bound_updates_(
+    updates: list[Tensor], found: Directions, lr: float, max_relative_update: float
+) -> list[float] | None:
+    """Shortens each block's update so that ``‖lr · u‖ ≤ max_relative_update · max(‖W‖, floor)``.
 
     The floor is ``0.1 · sqrt(out_dim)``, so that layers that start at zero can move.
+
+    Returns:
+        Factors of the updates that :func:`apply_` has to take into account, or None: there are none, or a device has
+        multiplied by them already.
     """
     if not updates or lr == 0.0:
-        return
+        return None
     if on_host(updates):
-        _bound_on_host_(updates, found, lr, max_relative_update)
-        return
+        return _bounds_on_host(updates, found, lr, max_relative_update)
     device = updates[0].device
     index = _on_device(tuple(found.blocks), torch.int64, device)
     squares = _gathered(torch._foreach_norm([*updates, *found.parameters])).square().unflatten(0, (2, len(updates)))
@@ -144,19 +149,20 @@ def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_rela
     factors = (allowed / (lr * total[0]).clamp_min(torch.finfo(squares.dtype).tiny)).clamp_max(1.0)
     for update, factor in zip(updates, factors[index].unbind()):
         update.mul_(factor.to(update.device, update.dtype))
+    return None
 
 
-def _bound_on_host_(updates: list[Tensor], found: Directions, lr: float, max_relative_update: float) -> None:
+def _bounds_on_host(
+    updates: list[Tensor], found: Directions, lr: float, max_relative_update: float
+) -> list[float] | None:
     lengths = _block_norms(updates, found)
     floors = [RELATIVE_FLOOR * math.sqrt(out_dim) for out_dim in found.out_dims]
     if all(lr * length <= max_relative_update * floor for length, floor in zip(lengths, floors)):
-        return
+        return None
     sizes = _block_norms(found.parameters, found)
     allowed = [max_relative_update * max(size, floor) for size, floor in zip(sizes, floors)]
     factors = [1.0 if lr * length <= limit else limit / (lr * length) for length, limit in zip(lengths, allowed)]
-    for update, block in zip(updates, found.blocks):
-        if factors[block] != 1.0:
-            update.mul_(factors[block])
+    return [factors[block] for block in found.blocks]
 
 
 def _block_norms(tensors: list[Tensor], found: Directions) -> list[float]:
@@ -174,16 +180,26 @@ def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def apply_(parameters: list[Tensor], updates: list[Tensor], lr: float, decay: float, *, foreach: bool) -> None:
-    """``p ← (1 − decay) p − lr u``; ``decay`` is per step (``lr · weight_decay`` for AdamW's rule)."""
+def apply_(
+    parameters: list[Tensor],
+    updates: list[Tensor],
+    lr: float,
+    decay: float,
+    factors: list[float] | None = None,
+    *,
+    foreach: bool,
+) -> None:
+    """``p ← (1 − decay) p − lr f u``; ``decay`` is per step (``lr · weight_decay`` for AdamW's rule)."""
     if not parameters:
         return
     if foreach:
         if decay:
             torch._foreach_mul_(parameters, 1.0 - decay)
-        torch._foreach_add_(parameters, updates, alpha=-lr)
-        return
-    for parameter, update in zip(parameters, updates):
-        if decay:
+        if factors is None:
+            torch._foreach_add_(parameters, updates, alpha=-lr)
+            return
+    elif decay:
+        for parameter in parameters:
             parameter.mul_(1.0 - decay)
-        parameter.add_(update, alpha=-lr)
+    for parameter, update, factor in zip(parameters, updates, factors or [1.0] * len(updates)):
+        parameter.add_(update, alpha=-lr * factor)

@@ -215,12 +215,19 @@ class CurvatureOptimizer(SavedOptimizer):
             if any(gradient is not None for gradient in gradients):
                 self._precondition_block(tracked, gradients, found)
         for parameter in group["params"]:
-            gradient = None if id(parameter) in covered else self._gradient(group, "?", parameter, raw=raw)
+            if id(parameter) in covered or parameter.grad is None:
+                continue
+            name = self._name_of(parameter) if parameter.grad.is_sparse else ""  # for the message alone
+            gradient = self._gradient(group, name, parameter, raw=raw)
             if gradient is not None:
                 if group["curvature"] != "identity" and gradient is parameter.grad:
                     gradient = gradient.clone()  # directions are scaled in place, the user's gradients are not
                 found.add(parameter, gradient, found.num_blocks - 1)
         return found
+
+    def _name_of(self, parameter: Tensor) -> str:
+        names = [name for name, own in self._require_model().named_parameters() if own is parameter]
+        return names[0] if names else "a parameter that left the model"
 
     def _precondition_block(self, tracked: TrackedBlock, gradients: list[Tensor | None], found: Directions) -> None:
         block, layout = tracked.block, tracked.block.layout

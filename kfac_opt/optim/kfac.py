@@ -73,7 +73,8 @@ class KFAC(CurvatureOptimizer):
             ``state_dict()`` waits for what is under way and puts it in force. Rounds under ten steps, EKFAC and
             several processes are staggered as before.
         weight_sharing: ``"expand"`` treats positions as examples, ``"reduce"`` joins them first (Eschenhagen et al.
-            2023).
+            2023). Layers hold their examples along the first dimension (``batch_first=True`` in torch's modules):
+            ``"reduce"``, EKFAC's scales and norm layers sum per example; the factors of ``"expand"`` do not mind.
         kl_clip: trust region: directions are scaled so that ``lr² Σ <V, d>`` is at most this; None switches it off.
         max_relative_update: bound of each layer's step relative to the norm of its weights; None switches it off.
         max_factor_dim: a side of a layer larger than this keeps only the diagonal of its factor (a factor of size n

@@ -236,6 +236,13 @@ def test_sparse_gradients_are_refused_by_name():
         train_step(KFAC(model), model, x, torch.randint(3, (6,)))
 
 
+def test_sparse_gradients_are_refused_by_name_where_there_is_no_curvature():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), Lambda(lambda h: h.mean(1)), nn.Linear(4, 3))
+    optimizer = KFAC(model, curvature="identity")
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is sparse.*sparse=False"):
+        train_step(optimizer, model, torch.randint(5, (8, 2)), torch.randint(3, (8,)))
+
+
 def test_complex_parameters_are_refused_by_name():
     class Complex(nn.Module):
         def __init__(self) -> None:

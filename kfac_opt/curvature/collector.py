@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, cast
 
@@ -296,7 +296,8 @@ class Collector:
 
     def _gradients(self, logits: Tensor, targets: Any, column: Tensor) -> tuple[Tensor | None, ...]:
         try:
-            return torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
+            with _without_hooks(targets):
+                return torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -463,6 +464,20 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()  # a context costs as much as the update of a small layer
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def _without_hooks(targets: Iterable[Any]) -> Iterator[None]:
+    """Hooks on parameters are for the user's gradients: here they would see others, and could change them."""
+    hooked = [target._backward_hooks for target in targets if isinstance(target, Tensor) and target._backward_hooks]
+    kept = [dict(hooks) for hooks in hooked]
+    for hooks in hooked:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, entries in zip(hooked, kept):
+            hooks.update(entries)
 
 
 def _let_go(holder: int, handles: list[RemovableHandle]) -> None:

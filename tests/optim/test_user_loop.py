@@ -748,3 +748,36 @@ def test_regression_and_binary_labels_train(likelihood, curvature):
     optimizer = KFAC(model, likelihood=likelihood, curvature=curvature)
     losses = [train_step(optimizer, model, x, target, loss) for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_hooks_on_parameters_see_the_users_gradients_alone(fisher):
+    """Parameters without an adapter are differentiated once more for their curvature, which is none of the hooks' business."""
+
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gain = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gain * self.layer(x)
+
+    diagonals = []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        model, seen = Gain(), []
+        if hooked:
+            handle = model.gain.register_hook(lambda g, seen=seen: seen.append(g.clone()))
+        optimizer = KFAC(model, fisher=fisher, factor_interval=1)
+        x, y = data(dtype=torch.float32)
+        F.cross_entropy(model(x), y).backward()
+        if hooked:
+            assert len(seen) == 1
+            assert torch.equal(seen[0], model.gain.grad)
+        optimizer.step()
+        diagonals.append(optimizer.curvature["gain"].diagonal)
+        if hooked:
+            handle.remove()
+            F.cross_entropy(model(x), y).backward()
+            assert len(seen) == 1
+    assert torch.equal(*diagonals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -72,7 +72,7 @@ class AttachedOptimizer(Optimizer):
         checks.check_keys(type(self).__name__, param_group, self.defaults)
         super().add_param_group(param_group)
         try:
-            checks.check_group(type(self).__name__, self.param_groups[-1], zero_damping=self.zero_damping)
+            self._check_values(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -220,6 +220,10 @@ class AttachedOptimizer(Optimizer):
         """Damping in force for a block."""
         return Damping(float(self.param_groups[tracked.group]["damping"]), self._options.damping_scale == "relative")
 
+    def _check_values(self, group: Mapping[str, Any]) -> None:
+        """Ranges of what stands in a group."""
+        checks.check_group(type(self).__name__, group, zero_damping=self.zero_damping)
+
     def _check_groups(self) -> None:
         """What a user or a scheduler wrote into the groups since the last step.
 
@@ -233,7 +237,7 @@ class AttachedOptimizer(Optimizer):
                 f"{len(self._built_for)}. Add groups with add_param_group()."
             )
         for number, (group, built) in enumerate(zip(self.param_groups, self._built_for)):
-            checks.check_group(owner, group, zero_damping=self.zero_damping)
+            self._check_values(group)
             if group["curvature"] != built:
                 raise ValueError(
                     f"{owner}: the curvature of parameter group {number} was changed to {group['curvature']!r}, but its blocks "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,20 +26,22 @@ class VariationalOptimizer(SamplingOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of the same model, with hyper-parameters of their own."""
-        merged = {**self.defaults, **param_group}
+        if "lr" in param_group:
+            param_group = {"base_lr": param_group["lr"], **param_group}
+        super().add_param_group(param_group)
+
+    def _check_values(self, group: Mapping[str, Any]) -> None:
+        super()._check_values(group)
         owner = type(self).__name__
         for name in ("num_data", "prior_precision", "temperature"):
-            checks.check_number(owner, name, merged[name], low=0.0, open_low=True)
-        if merged["posterior_floor"] is not None:
-            checks.check_number(owner, "posterior_floor", merged["posterior_floor"], low=0.0)
-        if merged["curvature"] == "identity":
+            checks.check_number(owner, name, group[name], low=0.0, open_low=True)
+        if group["posterior_floor"] is not None:
+            checks.check_number(owner, "posterior_floor", group["posterior_floor"], low=0.0)
+        if group["curvature"] == "identity":
             raise ValueError(
                 f"{owner}: curvature='identity' has no posterior to draw weights from. Use 'diagonal', or "
                 "torch.optim.SGD for these parameters."
             )
-        if "lr" in param_group:
-            param_group = {"base_lr": param_group["lr"], **param_group}
-        super().add_param_group(param_group)
 
     def posterior(self) -> Posterior:
         """The posterior of the current curvature around the current weights, with a copy of everything it needs.

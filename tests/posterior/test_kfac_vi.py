@@ -731,6 +731,17 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str
         vi(mlp(), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_data", 0), ("prior_precision", -1.0), ("temperature", -1.0), ("posterior_floor", -0.1)]
+)
+def test_values_written_into_a_group_later_are_refused_by_the_step(name: str, value: float):
+    model = mlp()
+    optimizer = vi(model)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"KFACVI: {name} must be"):
+        optimizer.step()
+
+
 def test_zero_damping_is_allowed():
     model = mlp()
     train(vi(model, damping=0.0), model, 2)

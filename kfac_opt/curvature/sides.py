@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -222,7 +223,7 @@ def block_ranges(dim: int, limit: int | None, unit: int = 1) -> list[tuple[int, 
     units = dim // unit
     number = -(-units // max(1, limit // unit))
     cuts = [unit * (units * index // number) for index in range(number)] + [dim]
-    return list(zip(cuts[:-1], cuts[1:]))
+    return list(pairwise(cuts))
 
 
 def _factor_size(n: int) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, cast
 
@@ -17,17 +16,17 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
-from kfac_opt.curvature.hooks import WeakHook
+from kfac_opt.curvature.hooks import WeakHook, without_hooks
 from kfac_opt.curvature.passes import Arrival, LogitsArrival, Pass, Pending, on_gradient
-from kfac_opt.curvature.proof import explains_weight_gradient
+from kfac_opt.curvature.proof import verdicts
 from kfac_opt.curvature.stance import hold_eager, release_eager
+from kfac_opt.curvature.watch import LossWatch
 from kfac_opt.distributed import num_ranks
 from kfac_opt.layers import has_own_forward
 from kfac_opt.likelihoods import Likelihood, output_gradients
 from kfac_opt.outputs import pick_logits
 
 FisherKind = Literal["mc", "exact", "empirical"]
-WATCHED_PASSES = 3  # first passes whose loss is held against the likelihood
 
 
 class Tracked(Protocol):
@@ -83,8 +82,7 @@ class Collector:
         self._states: Mapping[str, State | None] = {}
         self._running = _Running()
         self._pass_index = 0
-        self._watched = 0
-        self._contradicted = False
+        self._watch = LossWatch(likelihood)
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _let_go, id(self), self._handles)
 
@@ -214,9 +212,7 @@ class Collector:
                 for call in calls:
                     call.keep = self._rows_kept(mask, call.positions)
                     self._take_input(current, name, call)
-        if self._watched < WATCHED_PASSES:
-            self._watched += 1
-            logits.register_hook(_Watch(self, logits.detach()))
+        self._watch.attach(logits)
         if self.fisher == "empirical":
             current.logits = logits.detach()
             current.edges = {}  # they would keep the graph of a pass without a backward
@@ -234,18 +230,10 @@ class Collector:
             targets: Any = [edge for name in tried for edge in current.edges[name]]
             targets += [self._due[name].weight for name in tried]
             with full_precision(logits.device):
-                found = list(self._gradients(logits, targets, labels))
-                for name, weight_gradient in zip(tried, found[len(found) - len(tried) :]):
-                    calls = current.calls[name]
-                    ran = [(call.x, g) for call, g in zip(calls, found) if g is not None]
-                    del found[: len(calls)]
-                    adapter = self._due[name].block.adapter
-                    assert adapter is not None
-                    if ran and weight_gradient is not None:
-                        with torch.no_grad():
-                            verdict = explains_weight_gradient(adapter, ran, weight_gradient)
-                        if verdict is not None:
-                            (self.proven if verdict else self.foreign).add(name)
+                found = self._gradients(logits, targets, labels)
+                adapters = {name: self._due[name].block.adapter for name in tried}
+                for name, verdict in verdicts(adapters, current.calls, found).items():
+                    (self.proven if verdict else self.foreign).add(name)
             for gradients in current.gradients.values():  # those of this backward are not the user's
                 gradients[:] = [None] * len(gradients)
         for name in names:
@@ -296,7 +284,7 @@ class Collector:
 
     def _gradients(self, logits: Tensor, targets: Any, column: Tensor) -> tuple[Tensor | None, ...]:
         try:
-            with _without_hooks(targets):
+            with without_hooks(targets):
                 return torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
@@ -417,20 +405,6 @@ class Collector:
         finally:
             self.pending = before
 
-    def contradiction(self, logits: Tensor, gradient: Tensor) -> None:
-        """Warns when the loss's output gradient cannot come from the likelihood."""
-        if self._contradicted or not bool(torch.isfinite(gradient).all()):
-            return
-        reason = self.likelihood.contradiction(logits, gradient)
-        if reason is not None:
-            self._contradicted, self._watched = True, WATCHED_PASSES
-            warnings.warn(
-                f"the likelihood '{self.likelihood.name}' does not fit the loss: {reason}. The Fisher matrix is that of "
-                "the likelihood, not of the loss. Choose likelihood='categorical', 'bernoulli' or 'gaussian' to match "
-                "(or ignore this if an auxiliary term was added to the loss on purpose).",
-                stacklevel=2,
-            )
-
 
 class _Running(threading.local):
     """The pass under way in this thread: another one may validate the model at the same time."""
@@ -438,18 +412,6 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.current: Pass | None = None
         self.depth = 0
-
-
-class _Watch:
-    """Holds the loss's gradient in the logits against the likelihood."""
-
-    def __init__(self, collector: Collector, logits: Tensor) -> None:
-        self.collector, self.logits = weakref.ref(collector), logits
-
-    def __call__(self, gradient: Tensor) -> None:
-        collector = self.collector()
-        if collector is not None:
-            collector.contradiction(self.logits, gradient.detach())
 
 
 def _is_transformed() -> bool:
@@ -464,20 +426,6 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()  # a context costs as much as the update of a small layer
     return torch.autocast(device.type, enabled=False)
-
-
-@contextmanager
-def _without_hooks(targets: Iterable[Any]) -> Iterator[None]:
-    """Hooks on parameters are for the user's gradients: here they would see others, and could change them."""
-    hooked = [target._backward_hooks for target in targets if isinstance(target, Tensor) and target._backward_hooks]
-    kept = [dict(hooks) for hooks in hooked]
-    for hooks in hooked:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, entries in zip(hooked, kept):
-            hooks.update(entries)
 
 
 def _let_go(holder: int, handles: list[RemovableHandle]) -> None:

@@ -7,15 +7,39 @@ weight tells: for the adapter's map it is the sum over rows of output gradient t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from kfac_opt.curvature.block import Call
 from kfac_opt.layers import LayerAdapter
 
 TOLERANCE = 1e-2  # relative; another map is wrong by something of the order of one
 ROUNDINGS = 16  # of the dtype that gradients were computed in
+
+
+@torch.no_grad()
+def verdicts(
+    adapters: Mapping[str, LayerAdapter | None], calls: Mapping[str, Sequence[Call]], found: Sequence[Tensor | None]
+) -> dict[str, bool]:
+    """For each layer whether it is the map of its adapter; layers of which nothing can be told are left out.
+
+    Args:
+        found: gradients of one backward: in the outputs of all calls of the first layer, the second, ..., then in the
+            weights.
+    """
+    told: dict[str, bool] = {}
+    position, weight_gradients = 0, found[len(found) - len(adapters) :]
+    for (name, adapter), weight_gradient in zip(adapters.items(), weight_gradients):
+        arrived = found[position : position + len(calls[name])]
+        position += len(calls[name])
+        ran = [(call.x, g) for call, g in zip(calls[name], arrived) if g is not None]
+        if ran and weight_gradient is not None and adapter is not None:
+            verdict = explains_weight_gradient(adapter, ran, weight_gradient)
+            if verdict is not None:
+                told[name] = verdict
+    return told
 
 
 def explains_weight_gradient(

@@ -222,3 +222,21 @@ def test_gradients_of_other_layers_are_untouched_by_a_views_precondition():
     optimizer.curvature["0"].precondition(v)
     assert torch.equal(v, torch.ones(5, 5, dtype=DOUBLE))
     assert all(torch.equal(before[n], g) for n, g in gradients(model).items())
+
+
+@pytest.mark.parametrize("case", ["sequence", "convolution", "strided", "dilated"])
+def test_reduced_positions_change_the_basis_and_not_the_per_example_gradients(case):
+    """With ``weight_sharing="reduce"`` the bases are those of the joined positions; block and direction by brute force."""
+    make, inputs, name = CASES[case]
+    # More examples than inputs of the layer: the eigenvectors of a kernel are arbitrary, and gradients reach into it here.
+    model, x = make(), torch.cat([inputs() for _ in range(4)])
+    a, g = reference.kronecker_factors(model, x, name, sharing="reduce")
+    qa, qg = torch.linalg.eigh(a)[1], torch.linalg.eigh(g)[1]
+    per_example, terms = reference.per_example_fisher(model, x, name)
+    expected = reference.dense_eigenbasis(reference.eigenbasis_scales(per_example, terms, qa, qg), qa, qg)
+    optimizer = bare_kfac(model, curvature="eigenbasis", weight_sharing="reduce", damping=0.05)
+    estimate(optimizer, model, x)
+    view = optimizer.curvature[name]
+    close(view.to_dense(), expected, rtol=BASIS)
+    v = torch.randn(len(g), len(a), dtype=DOUBLE)
+    close(view.precondition(v), reference.dense_solve(expected, 0.05, v), rtol=BASIS)

@@ -49,6 +49,19 @@ def test_precondition_equals_a_dense_solve(case, style, damping):
 
 
 @pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("case", ["convolution", "sequence"])
+def test_precondition_equals_a_dense_solve_with_reduced_positions(case, style):
+    make, inputs, names = CASES[case]
+    model, x = make(), inputs()
+    factors = {n: reference.kronecker_factors(model, x, n, sharing="reduce") for n in names}
+    optimizer = bare_kfac(model, damping=0.05, damping_style=style, weight_sharing="reduce")
+    estimate(optimizer, model, x)
+    for name, (a, g) in factors.items():
+        v = torch.randn(len(g), len(a), dtype=DOUBLE)
+        close(optimizer.curvature[name].precondition(v), solved(style, a, g, 0.05, v))
+
+
+@pytest.mark.parametrize("style", ["factored", "exact"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_replaced_by_the_solution(case, style):
     make, inputs, names = CASES[case]

@@ -76,6 +76,12 @@ class RepeatedData:
         self.random_state = torch.random.get_rng_state()
         self.fingerprints: list[tuple[int, float]] | None = None
 
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of every batch, as the first pass gave them."""
+        assert self.fingerprints is not None
+        return [size for size, _ in self.fingerprints]
+
     def __iter__(self) -> Iterator[Batch]:
         """One pass over all batches.
 

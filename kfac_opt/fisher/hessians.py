@@ -30,6 +30,13 @@ def hessian_inner_products(
     inputs, classes = scores.source.num_examples, scores.classes
     device = scores.source.model.device
     blocks = scores.source.blocks
+    needed = 8 * (len(blocks) + 1) * (inputs * classes) ** 2
+    if needed > scores.source.memory_limit:
+        raise ValueError(
+            f"{OWNER}: the inner products of the Hessians of {inputs} inputs × {classes} logits need {readable(needed)}, "
+            f"memory_limit is {readable(scores.source.memory_limit)}. Raise memory_limit, give fewer inputs, or leave the "
+            "second estimator out with second='skip'."
+        )
     shape = (inputs * classes, inputs * classes)
     found: dict[str | None, Tensor] = {
         key: torch.zeros(shape, dtype=torch.float64, device=device) for key in (None, *(b.name for b in blocks))

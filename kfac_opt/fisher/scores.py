@@ -115,6 +115,16 @@ class ScoreSource:
             kept.append(stores)
         return kept
 
+    @property
+    def num_tiles(self) -> int:
+        """Pairs of different chunks."""
+        return self.num_chunks * (self.num_chunks - 1) // 2
+
+    @property
+    def num_chunks(self) -> int:
+        """Of how many chunks :meth:`jacobians` makes one pass."""
+        return sum(-(-size // self.source.capture_chunk) for size in self.source.data.sizes)
+
     def jacobians(self) -> Iterator[StoreSet]:
         """Stores with one column per logit, chunk by chunk."""
         return iter(self._kept) if self._kept is not None else self._make()
@@ -139,32 +149,41 @@ class FirstMoments:
     spectral_norm: float = 0.0
 
 
-def first_moments(scores: ScoreSource) -> dict[str | None, FirstMoments]:
+def first_moments(
+    scores: ScoreSource, num_tiles: int | None = None, generator: torch.Generator | None = None
+) -> dict[str | None, FirstMoments]:
     r"""Moments of every block, and of the whole network under None.
 
     With :math:`Q = S S'^\top` between two inputs and :math:`R = Q \circ Q`, the inner product of their covariances is
     :math:`\sum_{yz} p_y p'_z W_{yz}^2`, :math:`W = R - b 1^\top - 1 b'^\top + p^\top R p'`, :math:`b = R p'`,
     :math:`b' = R^\top p`.
+
+    Args:
+        num_tiles: pairs of different chunks of inputs that are drawn (with replacement) for an unbiased estimate of the
+            squares of ``covariance`` and ``fisher_norm``; None takes all pairs.
+        generator: draws them.
     """
+    weights = _tile_weights(scores, num_tiles, generator)
     names: list[str | None] = [None, *(block.name for block in scores.source.blocks)]
     sums = {name: FirstMoments() for name in names}
     label_norms = _label_covariance_norms(scores.probabilities)
     with torch.no_grad():
         start = 0
-        for left in scores.jacobians():
+        for row, left in enumerate(scores.jacobians()):
             size = next(iter(left.values())).examples
             p = scores.probabilities[start : start + size].double()
             other = 0
-            for right in scores.jacobians():
+            for column, right in enumerate(scores.jacobians()):
                 width = next(iter(right.values())).examples
-                if other >= start:
+                weight = 1.0 if row == column else 2.0 * weights.get((row, column), 0.0) if weights is not None else 2.0
+                if row <= column and weight:
                     own = scores.gram(left, right)
                     tiles: dict[str | None, Tensor] = dict(own.items())
                     tiles[None] = torch.stack(list(own.values())).sum(0)
                     q = scores.probabilities[other : other + width].double()
                     for name, tile in tiles.items():
-                        _add_pair(sums[name], tile.double(), p, q, weight=1.0 if other == start else 2.0)
-                        if other == start:
+                        _add_pair(sums[name], tile.double(), p, q, weight)
+                        if row == column:
                             _add_own(sums[name], tile.double(), p, label_norms[start : start + size])
                 other += width
             start += size
@@ -174,6 +193,24 @@ def first_moments(scores: ScoreSource) -> dict[str | None, FirstMoments]:
         moments.covariance = max(moments.covariance, 0.0) ** 0.5 / start**2
         moments.fisher_norm = max(moments.fisher_norm, 0.0) ** 0.5 / start
     return sums
+
+
+def _tile_weights(
+    scores: ScoreSource, num_tiles: int | None, generator: torch.Generator | None
+) -> dict[tuple[int, int], float] | None:
+    """How much each drawn pair of chunks counts; None when all pairs are to be taken."""
+    if num_tiles is None:
+        return None
+    count, pairs = scores.num_chunks, scores.num_tiles
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    drawn = torch.rand(num_tiles, 2, generator=generator, dtype=torch.float64, device=generator.device).cpu()
+    first = (drawn[:, 0] * count).long()
+    second = (first + 1 + (drawn[:, 1] * (count - 1)).long()) % count  # any other chunk
+    weights: dict[tuple[int, int], float] = {}
+    for a, b in zip(first.tolist(), second.tolist()):
+        pair = (min(a, b), max(a, b))
+        weights[pair] = weights.get(pair, 0.0) + pairs / num_tiles
+    return weights
 
 
 def _centred(gram: Tensor, p: Tensor, q: Tensor) -> Tensor:

@@ -28,6 +28,11 @@ from kfac_opt.fisher.source import readable
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 
 SecondMode = Literal["auto", "exact", "probes", "skip"]
+PairMode = Literal["auto", "all", "sampled"]
+ALL_PAIRS = 2000
+"""Inputs up to which all pairs are taken by default: a quarter of a minute for a small net on one CPU thread."""
+SAMPLED_TILES = 100
+"""Pairs of chunks of inputs that are drawn beyond."""
 EXACT_WORK = 300_000
 """Parameters × inputs × classes up to which ``I2`` is exact by default: some ten seconds on one CPU thread."""
 
@@ -96,10 +101,14 @@ class PartVariance:
 
 @dataclass(frozen=True)
 class EstimatorVariance(PartVariance):
-    """Variance for the whole network, and in ``layers`` by module name; ``num_inputs`` inputs were given."""
+    """Variance for the whole network, and in ``layers`` by module name; ``num_inputs`` inputs were given.
+
+    ``sampled_pairs``: ``covariance_norm`` and ``fisher_norm`` come from a sample of the pairs of inputs.
+    """
 
     layers: dict[str, PartVariance]
     num_inputs: int
+    sampled_pairs: bool
 
     def describe(self, label_samples: int = 1, factor_decay: float = 0.95) -> str:
         """What these numbers mean for an optimizer's ``label_samples`` and ``factor_decay``, in sentences."""
@@ -148,6 +157,7 @@ def estimator_variance(
     *,
     second: SecondMode = "auto",
     num_probes: int = 50,
+    pairs: PairMode = "auto",
     generator: torch.Generator | None = None,
     memory_limit: int = 2 * 1024**3,
     outputs: Callable[[Any], Any] | None = None,
@@ -172,7 +182,10 @@ def estimator_variance(
             estimate of the total variance from ``num_probes`` random sign vectors per layer; ``"auto"``: exact while
             parameters × inputs × classes ≤ 300,000; ``"skip"``.
         num_probes: of ``"probes"``.
-        generator: draws the probes; None means seed 0.
+        pairs: of inputs, for ``covariance_norm`` and ``fisher_norm`` of ``I1``. ``"all"``; ``"sampled"``: within chunks of
+            inputs all, between chunks a random sample: the squares of both norms are unbiased, and the work grows with
+            the number of inputs, not with its square; ``"auto"``: all up to 2,000 inputs.
+        generator: draws the probes and the pairs; None means seed 0.
         memory_limit: bytes for what is kept and on the way.
         outputs: picks the logits from what the model returns.
 
@@ -186,8 +199,12 @@ def estimator_variance(
         raise ValueError(f"estimator_variance: second must be 'auto', 'exact', 'probes' or 'skip', got {second!r}")
     if num_probes < 1:
         raise ValueError(f"estimator_variance: num_probes must be >= 1, got {num_probes}")
+    if pairs not in ("auto", "all", "sampled"):
+        raise ValueError(f"estimator_variance: pairs must be 'auto', 'all' or 'sampled', got {pairs!r}")
     scores = ScoreSource(model, inputs, make_likelihood(likelihood), memory_limit, outputs)
-    firsts = first_moments(scores)
+    wanted = pairs == "sampled" or (pairs == "auto" and scores.source.num_examples > ALL_PAIRS)
+    sampled = wanted and scores.num_tiles > SAMPLED_TILES
+    firsts = first_moments(scores, SAMPLED_TILES if sampled else None, generator)
     hessians, probes = _hessians(scores, second, num_probes, generator)
     chain = spectral_bounds(scores.source)
 
@@ -206,7 +223,7 @@ def estimator_variance(
         )
 
     layers = {block.name: part(block.name) for block in scores.source.blocks}
-    return EstimatorVariance(**vars(part(None)), layers=layers, num_inputs=scores.source.num_examples)
+    return EstimatorVariance(**vars(part(None)), layers=layers, num_inputs=scores.source.num_examples, sampled_pairs=sampled)
 
 
 def _hessians(

@@ -202,6 +202,42 @@ def test_chunks_and_recomputation_do_not_change_the_numbers():
     )
 
 
+def test_sampled_pairs_estimate_the_norms_without_bias(monkeypatch):
+    model, x = make("lenet")
+    x = torch.cat([x, -x, 0.3 * x])
+    loader = [(x[start : start + 2], None) for start in range(0, 15, 2)]  # eight chunks
+    everything = estimator_variance(model, loader, second="skip", pairs="all")
+    assert not everything.sampled_pairs
+    monkeypatch.setattr("kfac_opt.fisher.variance.SAMPLED_TILES", 4)
+
+    def sampled(seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        return estimator_variance(model, loader, second="skip", pairs="sampled", generator=generator)
+
+    runs = [sampled(seed) for seed in range(30)]
+    assert all(run.sampled_pairs for run in runs)
+    assert sampled(3) == runs[3]
+    for run in runs:  # what needs single inputs only stays exact
+        assert run.total_variance == pytest.approx(everything.total_variance, rel=1e-12)
+        assert run.bound == pytest.approx(everything.bound, rel=1e-12)
+    for name in ("covariance_norm", "fisher_norm"):
+        squares = torch.tensor([getattr(run, name) ** 2 for run in runs], dtype=torch.float64)
+        assert len(squares.unique()) > 20
+        assert abs(float(squares.mean()) - getattr(everything, name) ** 2) < 4 * float(squares.std()) / math.sqrt(30)
+    monkeypatch.setattr("kfac_opt.fisher.variance.SAMPLED_TILES", 1000)  # more than there are: all are taken
+    assert sampled(0) == everything
+
+
+def test_pairs_are_sampled_by_default_beyond_two_thousand_inputs(monkeypatch):
+    model, (x, _) = mlp(), data(6)
+    monkeypatch.setattr("kfac_opt.fisher.variance.ALL_PAIRS", 5)
+    monkeypatch.setattr("kfac_opt.fisher.variance.SAMPLED_TILES", 2)
+    batches = [(x[:2], None), (x[2:4], None), (x[4:], None)]
+    assert estimator_variance(model, batches, second="skip").sampled_pairs
+    assert not estimator_variance(model, batches, second="skip", pairs="all").sampled_pairs
+    assert not estimator_variance(model, batches[:2], second="skip").sampled_pairs
+
+
 def test_probes_estimate_the_second_variance_without_bias_of_its_total():
     model = mlp()
     x, _ = data(3)
@@ -314,6 +350,9 @@ def test_relative_errors_and_needed_labels_are_consistent():
 
 def test_bad_arguments_are_named():
     model, (x, _) = mlp(), data(3)
+    many = torch.randn(400, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"inner products of the Hessians of 400 inputs × 3 logits need 33.0 MiB.*second='skip'"):
+        estimator_variance(model, many, memory_limit=2**24)
     custom, points = make("custom_function")
     with pytest.raises(ValueError, match=r"second derivatives of this model cannot be taken.*second='skip'"):
         estimator_variance(custom, points)
@@ -322,6 +361,7 @@ def test_bad_arguments_are_named():
         (dict(num_labels=0), "num_labels must be >= 1, got 0"),
         (dict(second="both"), "second must be 'auto', 'exact', 'probes' or 'skip', got 'both'"),
         (dict(num_probes=0), "num_probes must be >= 1, got 0"),
+        (dict(pairs="some"), "pairs must be 'auto', 'all' or 'sampled', got 'some'"),
         (dict(likelihood="gaussian"), "the gaussian likelihood has no finite set of labels"),
         (dict(likelihood="bernoulli"), r"outputs of shape \[3, 3\] hold several labels per input, expected \[batch\]"),
         (dict(outputs=lambda z: (z, torch.ones(len(z), dtype=torch.bool))), "masks are not supported"),
@@ -337,8 +377,10 @@ def test_bad_arguments_are_named():
         entrywise_variance(model, x, num_labels=0)
     with pytest.raises(ValueError, match=r"a matrix of 43 parameters needs 57.8 KiB, memory_limit is 48.8 KiB"):
         entrywise_variance(model, x, memory_limit=50_000)
-    with pytest.raises(ValueError, match=r"along one direction need .* memory_limit is 48.8 KiB.*second='skip'"):
-        estimator_variance(mlp(), data(60)[0], memory_limit=50_000)
+    with pytest.raises(ValueError, match=r"along one direction need 105.5 KiB, memory_limit is 97.7 KiB.*second='skip'"):
+        estimator_variance(
+            nn.Linear(249, 3).double(), torch.randn(2, 249, dtype=torch.float64), memory_limit=100_000, second="exact"
+        )
     with pytest.raises(ValueError, match="label_samples must be >= 1, got 0"):
         effective_labels(0, 0.5)
     with pytest.raises(ValueError, match=r"factor_decay must be in \[0, 1\), got 1.0"):

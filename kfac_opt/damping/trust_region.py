@@ -91,10 +91,17 @@ class TrustRegionDamping(DampingRule):
         self._signals = [_Signals() for _ in optimizer.param_groups]
         self._prepare()
 
-    @torch.no_grad()
     def step(self) -> None:
         """To be called after each step of the optimizer, while the gradients are still there."""
         self.num_steps += 1
+        now = self.num_steps
+        if now <= self._early.num_steps or self._due(now):
+            self._change()
+        if self._due(now + 1) or self._due(now + 2):  # most steps end here, at the price of a few comparisons
+            self._prepare()
+
+    @torch.no_grad()
+    def _change(self) -> None:
         scales = getattr(self.optimizer, "trust_region_scales", {})
         for number, (group, signals) in enumerate(zip(self.optimizer.param_groups, self._signals)):
             early = self._early.scale(number, self.num_steps)
@@ -105,7 +112,6 @@ class TrustRegionDamping(DampingRule):
                 found = signals.read(group["params"], scales.get(number))
                 if found is not None:
                     self._write(number, float(group["damping"]) * math.exp(self.log_change(*found)))
-        self._prepare()
 
     def _due(self, num_steps: int) -> bool:
         early = num_steps >= 2 and num_steps & (num_steps - 1) == 0 and num_steps < self.interval

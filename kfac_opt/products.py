@@ -59,12 +59,11 @@ def outer_gram(rows: Tensor) -> Tensor:
     n = rows.shape[0]
     if n < SPLIT_DIM:
         return times_transposed(rows, rows)
-    half = n // 2
     result = rows.new_empty(n, n)
-    result[:half, :half] = outer_gram(rows[:half])
-    result[half:, half:] = outer_gram(rows[half:])
-    result[half:, :half] = times_transposed(rows[half:], rows[:half])
-    result[:half, half:] = result[half:, :half].mT
+    for start in range(0, n, BLOCK_DIM):
+        end = min(start + BLOCK_DIM, n)
+        result[start:end, :end] = times_transposed(rows[start:end], rows[:end])
+        result[:start, start:end] = result[start:end, :start].mT
     return result
 
 

@@ -72,7 +72,11 @@ class KroneckerBlock(CurvatureBlock):
     def add_input(self, statistics: Statistics, call: Call) -> None:
         side, layer = self.sides["input"], self.layer
         how = call.x, call.keep, self.sharing, self.dtype
-        if not side.dense:
+        rows = layer.input_moment_rows(*how) if side.packs_at_once and not side.blocked else None
+        packed = None if rows is None else side.packed_rows(rows, self.dtype, call.x.device)
+        if packed is not None:
+            statistics.add("input", packed)
+        elif not side.dense:
             statistics.add("input", layer.input_square(*how))
         else:
             moments = layer.input_block_moments(*how, side.ranges) if side.blocked else [layer.input_moment(*how)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -17,6 +18,20 @@ from kfac_opt.products import outer_gram
 
 WeightSharing = Literal["expand", "reduce"]
 Ranges = Sequence[tuple[int, int]]  # first and last (exclusive) of neighbouring features
+
+
+@dataclass(frozen=True)
+class MomentRows:
+    """A symmetric matrix that is written slice by slice.
+
+    Attributes:
+        unit: slices start and end at multiples of this.
+        write_: ``write_(target [groups, end - start, columns], start, end)``: the first columns of these rows;
+            ``columns`` is a multiple of ``unit``.
+    """
+
+    unit: int
+    write_: Callable[[Tensor, int, int], None]
 
 
 class LayerAdapter(ABC):
@@ -71,6 +86,12 @@ class LayerAdapter(ABC):
     def output_moment(self, gradient: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         r"""Sum over rows of :math:`g g^\top`, ``[groups, out_dim, out_dim]``; ``"reduce"`` sums positions first."""
         return second_moment(self.output_rows(gradient.to(dtype)), keep, "sum" if sharing == "reduce" else None)
+
+    def input_moment_rows(
+        self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype
+    ) -> MomentRows | None:
+        """:meth:`input_moment` by slices of its rows, where that spares writing it as a whole; else None."""
+        return None
 
     def input_block_moments(
         self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype, ranges: Ranges

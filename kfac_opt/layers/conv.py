@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_opt.layers.adapter import LayerAdapter, Ranges, WeightSharing, append_one, gram, register_layer
-from kfac_opt.layers.displacement import patch_moment
+from kfac_opt.layers.adapter import LayerAdapter, MomentRows, Ranges, WeightSharing, append_one, gram, register_layer
+from kfac_opt.layers.displacement import PatchBlocks, patch_moment
 from kfac_opt.layers.layout import MatrixLayout
 
 CHUNK_ENTRIES = 2**22  # of patches held at a time: 16 MB in single precision
@@ -62,13 +62,31 @@ class ConvAdapter(LayerAdapter):
             found.append(self._displacement_moment(channels, with_one=end == size and self.layout.has_bias))
         return found
 
+    def input_moment_rows(
+        self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype
+    ) -> MomentRows | None:
+        channels = x.shape[-len(self.module.kernel_size) - 1] // self.module.groups
+        if keep is not None or sharing == "reduce" or self.layout.has_bias or channels < FEW_CHANNELS:
+            return None
+        if not self.by_displacements():
+            return None
+        blocks = PatchBlocks(*self._as_image(self.batched(x.to(dtype))), self.module.groups)
+
+        def write_(target: Tensor, start: int, end: int) -> None:
+            blocks.write_rows_(target, start // blocks.taps, end // blocks.taps)
+
+        return MomentRows(blocks.taps, write_)
+
     def _displacement_moment(self, x: Tensor, *, with_one: bool) -> Tensor:
+        return patch_moment(*self._as_image(x), self.module.groups, with_one=with_one)
+
+    def _as_image(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+        """Two-dimensional input, kernel and dilation."""
         kernel, dilation = (
             (1, part[0]) if len(part) == 1 else (part[0], part[1])
             for part in cast(list[tuple[int, ...]], [self.module.kernel_size, self.module.dilation])
         )
-        image = x if x.dim() == 4 else x.unsqueeze(2)
-        return patch_moment(image, kernel, dilation, self.module.groups, with_one=with_one)
+        return x if x.dim() == 4 else x.unsqueeze(2), kernel, dilation
 
     @property
     def features_per_channel(self) -> int:  # type: ignore[override]

@@ -32,29 +32,10 @@ def patch_moment(
     Returns:
         ``[groups, n, n]``, ``n = channels / groups · kernel[0] · kernel[1] (+ 1)``.
     """
-    channels, taps = x.shape[1] // groups, kernel[0] * kernel[1]
-    size = channels * taps
+    blocks = PatchBlocks(x, kernel, dilation, groups)
+    size = blocks.size
     moment = x.new_empty(groups, size + with_one, size + with_one)
-    by_tap = moment[:, :size, :size].unflatten(2, (channels, taps)).unflatten(1, (channels, taps))
-    inner = displacement_moments(x, kernel, dilation, groups)
-    rows = [_strip(x, 2, side, dilation[0]) for side in _sides(kernel[0])]
-    columns = [_strip(x, 3, side, dilation[1]) for side in _sides(kernel[1])]
-    row_moments = [displacement_moments(part, (1, kernel[1]), dilation, groups) for part in rows]
-    column_moments = [displacement_moments(part, (kernel[0], 1), dilation, groups) for part in columns]
-    reach = kernel[0] - 1, kernel[1] - 1
-    for tap_y in range(kernel[0]):
-        for tap_x in range(kernel[1]):
-            starts = reach[0] - tap_y, reach[1] - tap_x
-            window = slice(starts[0], starts[0] + kernel[0]), slice(starts[1], starts[1] + kernel[1])
-            blocks = inner[window].clone()  # [kernel, kernel, groups, channels, channels]
-            if tap_y != reach[0] - tap_y:
-                blocks[tap_y] -= row_moments[tap_y // 2][0, window[1]]
-            if tap_x != reach[1] - tap_x:
-                blocks[:, tap_x] -= column_moments[tap_x // 2][window[0], 0]
-            if tap_y != reach[0] - tap_y and tap_x != reach[1] - tap_x:
-                corner = _strip(rows[tap_y // 2], 3, _sides(kernel[1])[tap_x // 2], dilation[1])
-                blocks[tap_y, tap_x] += displacement_moments(corner, (1, 1), dilation, groups)[0, 0]
-            by_tap[:, :, tap_y * kernel[1] + tap_x] = blocks.flatten(0, 1).permute(1, 2, 3, 0)
+    blocks.write_rows_(moment[:, :size, :size], 0, blocks.channels)
     if with_one:
         sums = _patch_sums(x, kernel, dilation).reshape(groups, size)
         moment[:, :size, size] = sums
@@ -63,23 +44,77 @@ def patch_moment(
     return moment
 
 
-def displacement_moments(x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], groups: int) -> Tensor:
-    """``Σ_q x_q x_{q + d}ᵀ`` over all pairs inside the image, for every displacement ``d`` between two taps.
+class PatchBlocks:
+    """The moment of all pairs of taps, ``[groups, channels, channels]`` each, to be read by rows of features.
+
+    The features of a weight run over the taps of a channel before the next channel: every row of the moment takes a
+    little from every pair, and the matrix as a whole is strewn over memory as it is written. In slices of rows that
+    fit the cache it costs half of the time.
+
+    Args:
+        x, kernel, dilation, groups: as for :func:`patch_moment`.
+    """
+
+    def __init__(self, x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], groups: int) -> None:
+        self.channels, self.taps = x.shape[1] // groups, kernel[0] * kernel[1]
+        self.size = self.channels * self.taps
+        self.pairs: dict[tuple[int, int], Tensor] = {}
+        inner = displacement_moments(x, kernel, dilation, groups)
+        rows = {side: _strip(x, 2, 1 - side, dilation[0]) for side in _sides(kernel[0])}
+        columns = {side: _strip(x, 3, 1 - side, dilation[1]) for side in _sides(kernel[1])}
+        row_moments = {side: displacement_moments(part, (1, kernel[1]), dilation, groups) for side, part in rows.items()}
+        column_moments = {
+            side: displacement_moments(part, (kernel[0], 1), dilation, groups) for side, part in columns.items()
+        }
+        places = [(y, x) for y in range(kernel[0]) for x in range(kernel[1])]
+        for first, (first_y, first_x) in enumerate(places):
+            for second, (second_y, second_x) in enumerate(places[first:], start=first):
+                down, across = second_y - first_y, second_x - first_x
+                block = inner[down, across]
+                # Pixels at the border that the first tap never sees; their partners lie in the image along it only.
+                beside_y = down == 0 and kernel[0] == 3 and first_y != 1
+                beside_x = across == 0 and kernel[1] == 3 and first_x != 1
+                if beside_y:
+                    block = block - row_moments[first_y // 2][0, across]
+                if beside_x:
+                    block = block - column_moments[first_x // 2][down, 0]
+                if beside_y and beside_x:
+                    corner = _strip(rows[first_y // 2], 3, 1 - first_x // 2, dilation[1])
+                    block = block + displacement_moments(corner, (1, 1), dilation, groups)[0, 0]
+                self.pairs[first, second] = block
+
+    def write_rows_(self, target: Tensor, start: int, end: int) -> None:
+        """Rows of the channels from ``start`` to ``end`` into ``[groups, (end − start) · taps, columns]``."""
+        columns = target.shape[2] // self.taps
+        by_tap = target.unflatten(2, (columns, self.taps)).unflatten(1, (end - start, self.taps))
+        for (first, second), block in self.pairs.items():
+            by_tap[:, :, first, :, second] = block[:, start:end, :columns]
+            if first != second:
+                by_tap[:, :, second, :, first] = block[:, :columns, start:end].mT
+
+
+def displacement_moments(
+    x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], groups: int
+) -> dict[tuple[int, int], Tensor]:
+    """``Σ_q x_q x_{q + d}ᵀ`` over all pairs inside the image, for the displacements ``d`` from a tap to a later one.
 
     Returns:
-        ``[2 kernel[0] − 1, 2 kernel[1] − 1, groups, channels, channels]``; zero displacement in the middle.
+        ``[groups, channels, channels]`` by ``(d_y, d_x)`` with ``d_y > 0``, or ``d_y = 0`` and ``d_x ≥ 0``: the others
+        are transposes of these.
     """
     reach = kernel[0] - 1, kernel[1] - 1
-    channels = x.shape[1] // groups
-    by_products = groups == 1 and (channels >= PRODUCT_CHANNELS or reach == (0, 0))
-    half = _by_products(x, reach, dilation) if by_products else _by_weight_gradient(x, reach, dilation, groups)
-    if not reach[0]:
-        return half
-    return torch.cat([half[1:].flip(0, 1).mT, half])
+    by_products = groups == 1 and (x.shape[1] >= PRODUCT_CHANNELS or reach == (0, 0))
+    return _by_products(x, reach, dilation) if by_products else _by_weight_gradient(x, reach, dilation, groups)
 
 
-def _by_weight_gradient(x: Tensor, reach: tuple[int, int], dilation: tuple[int, int], groups: int) -> Tensor:
-    """Displacements with ``d_y ≥ 0``: the weight gradient of a convolution of ``x`` whose output gradient is ``x``."""
+def _half_plane(reach: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(down, across) for down in range(reach[0] + 1) for across in range(-reach[1] if down else 0, reach[1] + 1)]
+
+
+def _by_weight_gradient(
+    x: Tensor, reach: tuple[int, int], dilation: tuple[int, int], groups: int
+) -> dict[tuple[int, int], Tensor]:
+    """All at once: the weight gradient of a convolution of ``x`` whose output gradient is ``x``."""
     channels = x.shape[1]
     padded = F.pad(x, (0, 0, 0, reach[0] * dilation[0]))
     weight = x.new_empty(channels, channels // groups, reach[0] + 1, 2 * reach[1] + 1)
@@ -88,33 +123,34 @@ def _by_weight_gradient(x: Tensor, reach: tuple[int, int], dilation: tuple[int, 
     gradient = torch.ops.aten.convolution_backward(
         x.contiguous(), padded, weight, None, [1, 1], padding, list(dilation), False, [0, 0], groups, wanted
     )[1]
-    return gradient.unflatten(0, (groups, channels // groups)).permute(3, 4, 0, 1, 2).contiguous()
+    by_displacement = gradient.unflatten(0, (groups, channels // groups)).permute(3, 4, 0, 1, 2).contiguous()
+    return {(down, across): by_displacement[down, across + reach[1]] for down, across in _half_plane(reach)}
 
 
-def _by_products(x: Tensor, reach: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """Displacements with ``d_y ≥ 0``, each as one product of the pixels that have a partner."""
+def _by_products(x: Tensor, reach: tuple[int, int], dilation: tuple[int, int]) -> dict[tuple[int, int], Tensor]:
+    """Each as one product of the pixels that have a partner."""
     channels, height, width = x.shape[1:]
     left, right = x.transpose(0, 1).contiguous(), x.permute(0, 2, 3, 1).contiguous()
-    found = x.new_zeros(reach[0] + 1, 2 * reach[1] + 1, 1, channels, channels)
-    for down in range(reach[0] + 1):
-        for across in range(-reach[1], reach[1] + 1):
-            y, across_pixels = down * dilation[0], across * dilation[1]
-            start, end = max(0, -across_pixels), width - max(0, across_pixels)
-            if y >= height or end <= start or (not down and across < 0):
-                continue
-            here = left[:, :, : height - y, start:end].reshape(channels, -1)
-            if not y and not across:
-                found[down, across + reach[1], 0] = outer_gram(here)
-                continue
+    found = {}
+    for down, across in _half_plane(reach):
+        y, across_pixels = down * dilation[0], across * dilation[1]
+        start, end = max(0, -across_pixels), width - max(0, across_pixels)
+        if y >= height or end <= start:
+            found[down, across] = x.new_zeros(1, channels, channels)
+            continue
+        here = left[:, :, : height - y, start:end].reshape(channels, -1)
+        if not y and not across:
+            product = outer_gram(here)
+        else:
             there = right[:, y:, start + across_pixels : end + across_pixels].reshape(-1, channels)
-            found[down, across + reach[1], 0] = times_transposed(here, there.mT)
-    found[0, : reach[1]] = found[0, reach[1] + 1 :].flip(0).mT
+            product = times_transposed(here, there.mT)
+        found[down, across] = product.unsqueeze(0)
     return found
 
 
 def _sides(kernel: int) -> tuple[int, ...]:
-    """For the first and the last tap: whether it misses the pixels at the end (1) or the start (0)."""
-    return (1, 0) if kernel == 3 else ()
+    """First and last tap (0, 1) of the three that miss pixels at one border."""
+    return (0, 1) if kernel == 3 else ()
 
 
 def _strip(x: Tensor, dim: int, side: int, width: int) -> Tensor:

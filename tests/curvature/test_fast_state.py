@@ -79,3 +79,15 @@ def test_bfloat16_inverses_halve_the_state_and_round_the_direction():
 def test_half_precision_inverses_are_refused():
     with pytest.raises(ValueError, match="inverse_dtype must be None"):
         bare_kfac(mlp(), inverse_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("channels", [32, 24])
+def test_a_factor_written_by_slices_of_rows_is_that_of_the_whole_moment(channels, monkeypatch):
+    """32 channels: panels end between channels; 24: they do not, and the moment is written as a whole."""
+    monkeypatch.setattr(sides, "PANEL_DIM", 1)
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(36, 3)).to(DOUBLE)
+    x, y = torch.randn(5, channels, 3, 3, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 1])
+    optimizer = bare_kfac(model)
+    train_step(optimizer, model, x, y)
+    rows = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    close(optimizer.curvature["0"].input_factor, rows.mT @ rows / 5)

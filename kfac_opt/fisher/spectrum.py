@@ -31,8 +31,8 @@ def spectral_density(
     generator: torch.Generator | None = None,
     *,
     num_probes: int = 10,
-    block_size: int = 4,
-    num_steps: int = 50,
+    block_size: int = 10,
+    num_steps: int | None = None,
     node_weights: NodeWeights | None = None,
     probes: Tensor | None = None,
 ) -> SpectralDensity:
@@ -54,9 +54,9 @@ def spectral_density(
         generator: draws the starts; None means seed 0.
         num_probes: starts of ``slq``.
         block_size: of ``block_lanczos``; eigenvalues of a higher multiplicity are seen as if they had this one. With
-            200 products in all, 4 × 50 has half the error of 10 × 20 and a quarter of that of 20 × 10 on a trained CNN
-            (``benchmarks/fisher_spectrum.py``); 1 × 200 is worse again.
-        num_steps: products per start.
+            200 products in all, 4 × 50 has half the error of the default 10 × 20 and a quarter of that of 20 × 10 on a
+            trained CNN (``benchmarks/fisher_spectrum.py``); 1 × 200 is worse again.
+        num_steps: products per start; None: 50 for ``slq``, 20 for ``block_lanczos``.
         node_weights: ``"quadrature"`` (default of slq) or ``"snapped"`` (default of block_lanczos): a converged Ritz
             value is an eigenvalue and gets its known weight ``1/P``; the rest is fitted to the exact trace.
         probes: starts ``[P, num_probes]`` to use instead of random ones, for ``slq``; not zero on any block.
@@ -69,6 +69,8 @@ def spectral_density(
     """
     if isinstance(fisher, Mapping):
         return _known_density(fisher)
+    if num_steps is None:
+        num_steps = 20 if method == "block_lanczos" else 50
     _check(fisher, method, num_probes, block_size, num_steps, node_weights, probes)
     if method == "exact":
         return _exact_density(fisher)

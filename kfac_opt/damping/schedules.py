@@ -40,7 +40,7 @@ class ExponentialDamping(_Schedule):
     >>> damping = ExponentialDamping(optimizer, decay=0.5, min_damping=0.2)
     >>> dampings = []
     >>> for _ in range(3):
-    ...     loss = model(torch.randn(8, 4)).logsumexp(1).mean()
+    ...     loss = torch.nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.zeros(8, dtype=torch.int64))
     ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
     ...     damping.step()
     ...     dampings += damping.get_last_damping()

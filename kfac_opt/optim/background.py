@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from kfac_opt.curvature.kronecker import Refreshed, Work
+
+
+_waited = [0.0]
+
+
+def seconds_waited() -> float:
+    """Wall time that steps have waited for refreshes at the hand-over, in this process."""
+    return _waited[0]
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Job:
 
     def result(self) -> Refreshed:
         """What was computed; waits for it. Raises what the computation raised."""
+        start = time.perf_counter()
         found = self.future.result()
+        _waited[0] += time.perf_counter() - start
         if self.done is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.done)

@@ -11,7 +11,6 @@ import torch
 
 from kfac_opt.curvature.kronecker import Refreshed, Work
 
-
 _waited = [0.0]
 
 

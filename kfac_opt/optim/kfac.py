@@ -82,8 +82,9 @@ class KFAC(CurvatureOptimizer):
         max_block_dim: a side of a layer larger than this keeps only diagonal blocks of its factor, at most this large:
             neighbouring inputs, of a convolution whole channels (the bias goes with the last), or neighbouring outputs.
             Covariances between blocks count as zero, everything else is as before; None keeps whole factors. Sizes ``n``
-            cut into ``k`` blocks take ``1/k`` of the memory and of the products of a step and ``1/k²`` of a refresh
-            (``benchmarks/step_parts.py``; what it costs in convergence: ``configs/compare_optimizers/``).
+            cut into ``k`` blocks take ``1/k`` of the memory and of the operations of a step and ``1/k²`` of a refresh
+            (``benchmarks/step_parts.py``). It costs convergence: on digits (64-128-128-10, 250 steps, mean of three
+            seeds) the training loss ends at 8e-5 with whole factors, 3e-4, 2e-3 and 4e-3 with blocks of 64, 32, 16.
         outputs: picks the logits, or ``(logits, mask)``, from what the model returns; not needed for a tensor or an
             object with ``.logits``.
         loss_reduction: of the user's loss; only the empirical Fisher needs it.

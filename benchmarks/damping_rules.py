@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         write_json(folder / "summary.json", {**provenance(config, config.seed, config.device), **content})
         for stem, figure in zip(("learning_curves", "dampings"), section.figures, strict=True):
             save_png(folder / f"{stem}.png", figure.png)
-        page = write_page(folder / "index.html", f"Adaptive damping: {config.name}", [section], footer=footer)
+    page = write_page(config.folder / "index.html", f"Adaptive damping: {config.name}", [section], footer=footer)
     print(text_table(HEADER, section.tables[0].rows))
     print(f"page: {page}")
     return page

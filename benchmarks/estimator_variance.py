@@ -13,14 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common.config import parse_arguments
 from benchmarks.common.data import load_data
 from benchmarks.common.page import Table
 from benchmarks.common.progress import progress
-from benchmarks.common.tables import text_table
-from benchmarks.fisher.report import Report, findings_table, write_report
+from benchmarks.fisher.report import Report, findings_table, run_script
 from benchmarks.fisher.training import evaluate, train_sgd
 from benchmarks.fisher.variance.checks import Check, SampledErrors, check_averages, check_labels
 from benchmarks.fisher.variance.findings import findings
@@ -37,17 +33,7 @@ LAYER_HEADER = (
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     """All sweeps; prints the tables, writes PNG, page, TensorBoard and JSON."""
-    config = parse_arguments(VarianceConfig, arguments, description=__doc__ or "", default=DEFAULT_CONFIG)
-    torch.set_num_threads(config.threads)
-    report = run(config)
-    page = write_report(
-        report, config, config.out / config.name, config.keep, seed=config.seed, device=config.device, name=config.name
-    )
-    for table in report.tables:
-        print(text_table(table.header, table.rows), end="\n\n")
-    print("\n".join(report.notes))
-    print(f"page: {page}")
-    return report
+    return run_script(VarianceConfig, run, arguments, __doc__ or "", DEFAULT_CONFIG)
 
 
 def run(config: VarianceConfig) -> Report:

@@ -15,15 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common.config import parse_arguments
 from benchmarks.common.data import load_data
 from benchmarks.common.models import build_model
 from benchmarks.common.page import Figure, Table
-from benchmarks.common.tables import text_table
 from benchmarks.fisher import nets  # noqa: F401
-from benchmarks.fisher.report import Report, findings_table, write_report
+from benchmarks.fisher.report import Report, findings_table, run_script
 from benchmarks.fisher.spectrum.findings import findings
 from benchmarks.fisher.spectrum.pictures import kfac_figure, panels_figure
 from benchmarks.fisher.spectrum.study import (
@@ -45,16 +41,7 @@ HEADER = ("kind", "blocks", "estimate", "products", "Wasserstein-1 / mean", "tra
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     """Trains the net, computes all spectra, prints the table, writes PNG, page, TensorBoard and JSON."""
-    config = parse_arguments(SpectrumConfig, arguments, description=__doc__ or "", default=DEFAULT_CONFIG)
-    torch.set_num_threads(config.threads)
-    report = run(config)
-    page = write_report(
-        report, config, config.out / config.name, config.keep, seed=config.seed, device=config.device, name=config.name
-    )
-    for table in report.tables:
-        print(text_table(table.header, table.rows), end="\n\n")
-    print(f"page: {page}")
-    return report
+    return run_script(SpectrumConfig, run, arguments, __doc__ or "", DEFAULT_CONFIG)
 
 
 def run(config: SpectrumConfig) -> Report:

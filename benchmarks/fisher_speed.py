@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.config import LOCAL, parse_arguments
+from benchmarks.common.config import LOCAL
 from benchmarks.common.figures import COLOURS, figure_png, house_style
 from benchmarks.common.models import build_model
 from benchmarks.common.page import Figure, Table
-from benchmarks.common.tables import text_table
 from benchmarks.common.timing import Timed, interleave
-from benchmarks.fisher.report import Finding, Report, findings_table, verdict, write_report
+from benchmarks.fisher.report import Finding, Report, findings_table, run_script, verdict
 from kfac_opt.fisher import FisherMatrix, spectral_density
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fisher_speed" / "lenet.yaml"
@@ -58,16 +57,7 @@ class SpeedConfig:
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     """Measures, prints the table, writes PNG, page, TensorBoard and JSON."""
-    config = parse_arguments(SpeedConfig, arguments, description=__doc__ or "", default=DEFAULT_CONFIG)
-    torch.set_num_threads(config.threads)
-    report = run(config)
-    page = write_report(
-        report, config, config.out / config.name, config.keep, seed=config.seed, device=config.device, name=config.name
-    )
-    for table in report.tables:
-        print(text_table(table.header, table.rows), end="\n\n")
-    print(f"page: {page}")
-    return report
+    return run_script(SpeedConfig, run, arguments, __doc__ or "", DEFAULT_CONFIG)
 
 
 def run(config: SpeedConfig) -> Report:

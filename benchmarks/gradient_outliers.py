@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common.config import parse_arguments, resolved
+from benchmarks.common.config import resolved
 from benchmarks.common.data import Dataset, load_data
 from benchmarks.common.page import Figure, Table
 from benchmarks.common.progress import progress
 from benchmarks.common.results import fingerprint, read_json, write_json
-from benchmarks.common.tables import text_table
 from benchmarks.fisher import nets  # noqa: F401
 from benchmarks.fisher.outliers.findings import fall, findings
 from benchmarks.fisher.outliers.pictures import (
@@ -33,7 +30,7 @@ from benchmarks.fisher.outliers.pictures import (
     trimmed_figure,
 )
 from benchmarks.fisher.outliers.study import NETWORK, Moment, OutlierConfig, Run, Setting, follow
-from benchmarks.fisher.report import Report, findings_table, write_report
+from benchmarks.fisher.report import Report, findings_table, run_script
 from kfac_opt.fisher import symmetric_log_bins
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "gradient_outliers" / "digits.yaml"
@@ -52,16 +49,7 @@ PUBLISHED = {
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     """Runs what is missing, prints the table, writes PNG, page, TensorBoard and JSON."""
-    config = parse_arguments(OutlierConfig, arguments, description=__doc__ or "", default=DEFAULT_CONFIG)
-    torch.set_num_threads(config.threads)
-    report = run(config)
-    page = write_report(
-        report, config, config.out / config.name, config.keep, seed=config.seed, device=config.device, name=config.name
-    )
-    for table in report.tables:
-        print(text_table(table.header, table.rows), end="\n\n")
-    print(f"page: {page}")
-    return report
+    return run_script(OutlierConfig, run, arguments, __doc__ or "", DEFAULT_CONFIG)
 
 
 def run(config: OutlierConfig) -> Report:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.common.config import parse_arguments
 from benchmarks.common.figures import save_png
 from benchmarks.common.page import Figure, Section, Table, machine_footer, write_page
 from benchmarks.common.results import (
@@ -16,6 +19,7 @@ from benchmarks.common.results import (
     tensorboard_writer,
     write_json,
 )
+from benchmarks.common.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,23 @@ class Report:
     def section(self) -> Section:
         """As a part of a page."""
         return Section(self.title, self.text, self.tables, list(self.figures.values()), notes=self.notes)
+
+
+def run_script(
+    config_class: type[Any], run: Callable[[Any], Report], arguments: Sequence[str] | None, description: str, default: Path
+) -> Report:
+    """Command line to files: reads the config, runs the experiment, writes what it leaves and prints its tables."""
+    config = parse_arguments(config_class, arguments, description=description, default=default)
+    torch.set_num_threads(config.threads)
+    report = run(config)
+    folder = config.out / config.name
+    page = write_report(report, config, folder, config.keep, seed=config.seed, device=config.device, name=config.name)
+    for table in report.tables:
+        print(text_table(table.header, table.rows), end="\n\n")
+    for note in report.notes:
+        print(note)
+    print(f"page: {page}")
+    return report
 
 
 def write_report(report: Report, config: Any, folder: Path, keep: Path | None, *, seed: int, device: str, name: str) -> Path:

@@ -123,7 +123,7 @@ class SamplingOptimizer(CurvatureOptimizer):
         for tracked in self._tracked.values():
             state = self._block_state(tracked)
             if state is not None:
-                counts = [float(state[name]) for name in ("refreshes", "weight", "scales_weight") if name in state]
+                counts = [int(state[name]) for name in ("refreshes", "estimates") if name in state]
                 key.append((tracked.name, *counts, self._width(tracked)))
         if self._drawn[0] != key:
             self._drawn = (key, self._blocks(current=False))

@@ -645,10 +645,13 @@ def test_resuming_is_bit_for_bit_including_the_noise(curvature: str, tmp_path: A
     assert_same(resumed.posterior().sample(), optimizer.posterior().sample())
 
 
+@pytest.mark.parametrize("decay", [0.95, 0.0])  # without memory the weight of the average is 1 from the first estimate on
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
-def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_widths_at_every_step(curvature: str):
+def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_widths_at_every_step(
+    curvature: str, decay: float
+):
     model = mlp()
-    optimizer = vi(model, curvature=curvature, factor_interval=4, inverse_interval=6, ramp_steps=1)
+    optimizer = vi(model, curvature=curvature, factor_interval=4, inverse_interval=6, ramp_steps=1, factor_decay=decay)
     other_model = mlp()
     other = vi(other_model, curvature=curvature, generator=torch.Generator().manual_seed(7))
     train(other, other_model, 14, seed=70)

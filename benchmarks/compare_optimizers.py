@@ -24,9 +24,7 @@ MAX_KEPT_POINTS = 60
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Runs the comparison of a config and returns the path of its page."""
-    config = parse_arguments(
-        ComparisonConfig, arguments, description="Compare optimizers on one task with equal search budgets."
-    )
+    config = parse_arguments(ComparisonConfig, arguments, description="Compare optimizers on one task with equal search budgets.")
     contestants = run_comparison(config)
     comparison = summarize(config, contestants)
     page = write_report(config, contestants, comparison)
@@ -42,9 +40,7 @@ def write_report(config: ComparisonConfig, contestants: list[Contestant], compar
     folder = config.out / config.name
     content: dict[str, Any] = {**provenance(config, config.seed, config.device), **comparison.to_dict()}
     content["curves"] = {c.name: [_thin(run.to_dict()) for run in c.runs] for c in contestants}
-    write_json(
-        folder / "results.json", {**content, "trials": {c.name: c.search and c.search.trials for c in contestants}}
-    )
+    write_json(folder / "results.json", {**content, "trials": {c.name: c.search and c.search.trials for c in contestants}})
     if config.keep is not None:
         write_json(config.keep / f"{config.name}.json", content)
     section = comparison_section(config, contestants, comparison, config.name.replace("_", " "), _error_name(config))

@@ -104,9 +104,7 @@ def _numbers(runs: list[RuleRun], targets: tuple[float, float]) -> dict[str, Any
     }
 
 
-def _curves(
-    config: RulesConfig, runs: dict[str, list[RuleRun]], shown: list[Line], key: str, y_label: str
-) -> bytes:
+def _curves(config: RulesConfig, runs: dict[str, list[RuleRun]], shown: list[Line], key: str, y_label: str) -> bytes:
     curves = []
     kinds = list(config.rules)
     for line in shown:

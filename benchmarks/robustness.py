@@ -131,9 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Count]:
 
 def cells(config: RobustnessConfig) -> Iterator[Cell]:
     """All settings in the order in which they run."""
-    for values in itertools.product(
-        config.curvatures, config.inverse_intervals, config.lrs, config.dampings, config.seeds
-    ):
+    for values in itertools.product(config.curvatures, config.inverse_intervals, config.lrs, config.dampings, config.seeds):
         yield Cell(*values)
 
 
@@ -168,9 +166,7 @@ def run_grid(config: RobustnessConfig, task: Task) -> dict[Cell, dict[str, Any]]
     """Outcome of every setting; those in the log are not run again."""
     identity = fingerprint([resolved(config.task), config.settings, config.device, default_settings("kfac")])
     log = config.out / config.name / "runs.jsonl"
-    finished = {
-        Cell(**line["cell"]): line["outcome"] for line in read_json_lines(log) if line.get("identity") == identity
-    }
+    finished = {Cell(**line["cell"]): line["outcome"] for line in read_json_lines(log) if line.get("identity") == identity}
     todo = list(cells(config))
     outcomes = {cell: finished[cell] for cell in todo if cell in finished}
     with progress(len(todo), config.name, done=len(outcomes)) as display:
@@ -237,9 +233,7 @@ def count(config: RobustnessConfig, outcomes: dict[Cell, dict[str, Any]], target
     return counts
 
 
-def write_report(
-    config: RobustnessConfig, outcomes: dict[Cell, dict[str, Any]], counts: list[Count], target: float
-) -> Path:
+def write_report(config: RobustnessConfig, outcomes: dict[Cell, dict[str, Any]], counts: list[Count], target: float) -> Path:
     """JSON and page below ``out``, the small summary in ``keep``."""
     folder = config.out / config.name
     content = {**provenance(config, None, config.device), "target": target, "counts": [asdict(c) for c in counts]}
@@ -264,9 +258,7 @@ def write_report(
     return write_page(folder / "index.html", f"Robustness: {config.name}", [section], footer=footer)
 
 
-def _heat(
-    config: RobustnessConfig, outcomes: dict[Cell, dict[str, Any]], target: float, curvature: str, interval: int
-) -> Figure:
+def _heat(config: RobustnessConfig, outcomes: dict[Cell, dict[str, Any]], target: float, curvature: str, interval: int) -> Figure:
     def middle(lr: float, damping: float) -> tuple[float, str]:
         found = [outcomes[Cell(curvature, interval, lr, damping, seed)] for seed in config.seeds]
         losses = sorted(_final_loss(outcome) for outcome in found)

@@ -234,9 +234,7 @@ class _Variant:
         for tracked in self.blocks.values():
             groups, out_dim, in_dim = tracked.block.layout.shape
             sides = tracked.block.sides
-            total += 2 * groups * (
-                out_dim * sides["input"].multiplications() + in_dim * sides["output"].multiplications()
-            )
+            total += 2 * groups * (out_dim * sides["input"].multiplications() + in_dim * sides["output"].multiplications())
         return float(total)
 
 

@@ -110,9 +110,7 @@ def convolution_rows(module: nn.Module, x: Tensor) -> Tensor:
         for number, tap in enumerate(taps):
             source = [
                 _padded_coordinate(
-                    position[axis] * module.stride[axis]
-                    - _left_right(module, axis)[0]
-                    + tap[axis] * module.dilation[axis],
+                    position[axis] * module.stride[axis] - _left_right(module, axis)[0] + tap[axis] * module.dilation[axis],
                     space[axis],
                     module.padding_mode,
                 )
@@ -198,19 +196,14 @@ def batch_size(inputs: Tensor | tuple[Tensor, ...]) -> int:
     return len(inputs[0] if isinstance(inputs, tuple) else inputs)
 
 
-def parameter_jacobian(
-    model: nn.Module, inputs: Tensor | tuple[Tensor, ...], parameters: Sequence[Tensor]
-) -> list[list[Tensor]]:
+def parameter_jacobian(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """``[batch][parameter]``: Jacobian ``[outputs, *parameter.shape]`` of one example's flattened outputs."""
     table = []
     for n in range(batch_size(inputs)):
         outputs = model(*_one(inputs, n)).reshape(-1)
         columns = [torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True) for o in outputs]
         table.append(
-            [
-                torch.stack([torch.zeros_like(p) if c[i] is None else c[i] for c in columns])
-                for i, p in enumerate(parameters)
-            ]
+            [torch.stack([torch.zeros_like(p) if c[i] is None else c[i] for c in columns]) for i, p in enumerate(parameters)]
         )
     return table
 
@@ -253,17 +246,13 @@ def layer_rows(
         term_mask = None if mask is None else mask[n]
         hessian, terms = example_hessian(likelihood, outputs[0].detach(), class_dim, term_mask)
         per_output = [
-            torch.autograd.grad(o, [c[1] for c in calls], retain_graph=True, allow_unused=True)
-            for o in outputs.reshape(-1)
+            torch.autograd.grad(o, [c[1] for c in calls], retain_graph=True, allow_unused=True) for o in outputs.reshape(-1)
         ]
         a_calls, j_calls = [], []
         for c, (a, out) in enumerate(calls):
             a_rows = input_rows(module, a[0])
             j_rows = torch.stack(
-                [
-                    output_rows(module, torch.zeros_like(out[0]) if grads[c] is None else grads[c][0])
-                    for grads in per_output
-                ]
+                [output_rows(module, torch.zeros_like(out[0]) if grads[c] is None else grads[c][0]) for grads in per_output]
             )
             if term_mask is not None and len(a_rows) == term_mask.numel():
                 a_rows, j_rows = a_rows[term_mask.reshape(-1)], j_rows[:, term_mask.reshape(-1)]
@@ -271,9 +260,7 @@ def layer_rows(
                 a_rows, j_rows = a_rows.mean(0, keepdim=True), j_rows.sum(1, keepdim=True)
             a_calls.append(a_rows)
             j_calls.append(j_rows)
-        examples.append(
-            {"inputs": torch.cat(a_calls), "jacobian": torch.cat(j_calls, dim=1), "hessian": hessian, "terms": terms}
-        )
+        examples.append({"inputs": torch.cat(a_calls), "jacobian": torch.cat(j_calls, dim=1), "hessian": hessian, "terms": terms})
     return examples
 
 

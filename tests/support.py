@@ -106,9 +106,7 @@ def pool(x: Tensor) -> Tensor:
     return x.flatten(2).mean(2)
 
 
-def mlp(
-    dtype: torch.dtype = torch.float64, activation: Callable[[], nn.Module] = nn.Tanh, classes: int = 3
-) -> nn.Sequential:
+def mlp(dtype: torch.dtype = torch.float64, activation: Callable[[], nn.Module] = nn.Tanh, classes: int = 3) -> nn.Sequential:
     """Two linear layers ``"0"`` and ``"2"`` on 4 features."""
     torch.manual_seed(11)
     return nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, classes)).to(dtype)

@@ -43,9 +43,7 @@ def test_label_gradients_are_the_gradients_of_the_loss(name):
 
 
 def test_categorical_root_needs_one_column_less_than_classes():
-    columns = list(
-        output_gradients(Categorical(), outputs_for(2, 5), kind="exact", num_labels=1, mask=None, generator=None)
-    )
+    columns = list(output_gradients(Categorical(), outputs_for(2, 5), kind="exact", num_labels=1, mask=None, generator=None))
     assert len(columns) == 4
 
 
@@ -62,9 +60,7 @@ def test_categorical_score_has_mean_zero_and_the_hessian_as_second_moment_over_a
     p = f[0].softmax(0)
     scores = torch.cat([Categorical().label_gradients(f, torch.tensor([y])) for y in range(4)])
     torch.testing.assert_close(p @ scores, torch.zeros(4, dtype=DOUBLE), rtol=0, atol=ROUNDING)
-    torch.testing.assert_close(
-        scores.T @ (p[:, None] * scores), torch.diag(p) - torch.outer(p, p), rtol=ROUNDING, atol=ROUNDING
-    )
+    torch.testing.assert_close(scores.T @ (p[:, None] * scores), torch.diag(p) - torch.outer(p, p), rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_bernoulli_score_has_the_hessian_as_second_moment_over_all_labels():
@@ -146,9 +142,7 @@ def test_masked_terms_get_no_output_gradient():
     mask = torch.tensor([[True, False, True], [False, True, True]])
     for kind in ("mc", "exact"):
         generator = torch.Generator().manual_seed(0)
-        for g in output_gradients(
-            Categorical(), outputs_for(2, 3, 5), kind=kind, num_labels=2, mask=mask, generator=generator
-        ):
+        for g in output_gradients(Categorical(), outputs_for(2, 3, 5), kind=kind, num_labels=2, mask=mask, generator=generator):
             assert (g[~mask] == 0).all()
             assert (g[mask].abs().sum(-1) > 0).any()
 
@@ -200,9 +194,7 @@ def test_a_class_dimension_that_does_not_exist_is_refused():
 @pytest.mark.parametrize("mask", [torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3)])
 def test_a_mask_of_the_wrong_shape_or_type_is_refused(mask):
     with pytest.raises(ValueError, match=r"mask.*torch.bool of shape \[2, 3\]"):
-        list(
-            output_gradients(Categorical(), outputs_for(2, 3, 5), kind="exact", num_labels=1, mask=mask, generator=None)
-        )
+        list(output_gradients(Categorical(), outputs_for(2, 3, 5), kind="exact", num_labels=1, mask=mask, generator=None))
 
 
 def test_output_gradients_of_other_losses_contradict_the_categorical_likelihood():

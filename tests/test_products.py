@@ -24,12 +24,8 @@ def test_structured_products_equal_plain_ones(n, split):
     rows, square = torch.randn(n, 9, dtype=DOUBLE), torch.randn(n, n, dtype=DOUBLE)
     left = torch.randn(4, n, dtype=DOUBLE)
     torch.testing.assert_close(products.outer_gram(rows), rows @ rows.T, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        products.times_lower(left, square.tril()), left @ square.tril().T, rtol=1e-12, atol=1e-12
-    )
-    torch.testing.assert_close(
-        products.upper_times(square.triu(), left), square.triu() @ left.T, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(products.times_lower(left, square.tril()), left @ square.tril().T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(products.upper_times(square.triu(), left), square.triu() @ left.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(200, 70, 90), (3, 4, 5), (65, 1000, 65)], ids=str)
@@ -99,9 +95,7 @@ def test_panels_multiply_like_the_matrix_they_hold(n):
     rows = torch.randn(5, n, dtype=DOUBLE)
     torch.testing.assert_close(panels.times_panels(rows, packed[1]), rows @ matrix[1], rtol=1e-12, atol=1e-12)
     transposed = torch.randn(n, 5, dtype=DOUBLE).T
-    torch.testing.assert_close(
-        panels.times_panels(transposed, packed[0]), transposed @ matrix[0], rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(panels.times_panels(transposed, packed[0]), transposed @ matrix[0], rtol=1e-12, atol=1e-12)
 
 
 def test_panels_keep_little_more_than_half():

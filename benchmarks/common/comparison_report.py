@@ -110,6 +110,4 @@ def _figure(config: ComparisonConfig, contestants: list[Contestant], comparison:
 def _error_figure(contestants: list[Contestant], error_name: str) -> bytes:
     factor = 100.0 if error_name == "error" else 1.0
     curves = _curves(contestants, lambda run: run.steps, lambda run: [factor * value for value in run.test_error])
-    return line_figure(
-        curves, x_label="step", y_label=f"test {error_name}" + (" in %" if error_name == "error" else "")
-    )
+    return line_figure(curves, x_label="step", y_label=f"test {error_name}" + (" in %" if error_name == "error" else ""))

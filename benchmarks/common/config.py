@@ -46,9 +46,7 @@ def read_value(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def load_config(
-    config_class: type[ConfigType], path: str | Path | None, overrides: Sequence[tuple[str, Any]] = ()
-) -> ConfigType:
+def load_config(config_class: type[ConfigType], path: str | Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> ConfigType:
     """The configuration in ``path`` with ``overrides`` (pairs of dotted key and value) on top.
 
     Raises:

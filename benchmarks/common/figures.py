@@ -116,9 +116,7 @@ def spread(
     )
 
 
-def bar_figure(
-    values: Mapping[str, float], *, y_label: str, title: str = "", colours: Sequence[str] | None = None
-) -> bytes:
+def bar_figure(values: Mapping[str, float], *, y_label: str, title: str = "", colours: Sequence[str] | None = None) -> bytes:
     """PNG of one bar per entry with its number on top."""
     with house_style():
         figure, axes = plt.subplots()

@@ -105,9 +105,7 @@ TEMPLATE = """<!doctype html>
 """
 
 
-def write_page(
-    path: str | Path, title: str, sections: Sequence[Section], *, intro: Sequence[str] = (), footer: str = ""
-) -> Path:
+def write_page(path: str | Path, title: str, sections: Sequence[Section], *, intro: Sequence[str] = (), footer: str = "") -> Path:
     """Writes the page and returns its path; all text is escaped."""
     from jinja2 import Environment
 

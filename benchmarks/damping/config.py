@@ -164,14 +164,12 @@ class SweepConfig:
                 )
             if name not in self.without_damping and self.kind(name) not in DAMPED:
                 raise ConfigError(
-                    f"key 'without_damping' must name '{name}', which has no damping; only {', '.join(DAMPED)} "
-                    "have one."
+                    f"key 'without_damping' must name '{name}', which has no damping; only {', '.join(DAMPED)} have one."
                 )
         for name in self.without_damping:
             if name not in self.optimizers:
                 raise ConfigError(
-                    f"key 'without_damping' names '{name}', which is not among the optimizers "
-                    f"{', '.join(self.optimizers)}."
+                    f"key 'without_damping' names '{name}', which is not among the optimizers {', '.join(self.optimizers)}."
                 )
         for damping in self.dampings:
             if not damping > 0:

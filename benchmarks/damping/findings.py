@@ -98,8 +98,7 @@ def _gradients(config: SweepConfig, chosen: list[SettingSummary]) -> list[Findin
         step = sorted(wanted[0].gradient_levels, key=int)[position]
         levels = [summary.gradient_levels[step] for summary in wanted]
         text = f"step {step}: mean log10 g² " + ", ".join(
-            f"{mean:.2f} ± {error:.2f} at {s.setting.damping:.0e}"
-            for s, (mean, error) in zip(wanted, levels, strict=True)
+            f"{mean:.2f} ± {error:.2f} at {s.setting.damping:.0e}" for s, (mean, error) in zip(wanted, levels, strict=True)
         )
         (first, first_error), (last, last_error) = levels[0], levels[-1]
         errors = math.hypot(first_error, last_error)

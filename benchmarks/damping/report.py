@@ -85,9 +85,7 @@ def summary_content(report: Report) -> dict[str, Any]:
         **provenance(config, config.seed, config.device),
         "settings": settings,
         "spectra": report.spectra,
-        "findings": {
-            name: [{**asdict(f), "verdict": f.verdict} for f in found] for name, found in report.findings.items()
-        },
+        "findings": {name: [{**asdict(f), "verdict": f.verdict} for f in found] for name, found in report.findings.items()},
         "speed": {**asdict(report.speed), "trials_per_minute_of_one_worker": report.speed.trials_per_minute},
     }
 
@@ -110,9 +108,7 @@ def _text(config: SweepConfig, summaries: Sequence[SettingSummary], speed: Speed
     ]
 
 
-def _tables(
-    config: SweepConfig, summaries: Sequence[SettingSummary], checked: dict[str, list[Finding]]
-) -> list[Table]:
+def _tables(config: SweepConfig, summaries: Sequence[SettingSummary], checked: dict[str, list[Finding]]) -> list[Table]:
     tables = [
         Table(
             "Final training loss in nats; values: median over the kept trials.",
@@ -162,9 +158,7 @@ def _figures(
             png = pictures.learning_curves(config, [*plain, *mine])
             caption = f"Learning curves, {name}: mean of the kept trials."
             drawn.append((f"learning_curves{suffix}", Figure(png, caption)))
-    drawn.append(
-        ("final_loss", Figure(pictures.final_losses(config, summaries), "Final loss and diverged trials per damping."))
-    )
+    drawn.append(("final_loss", Figure(pictures.final_losses(config, summaries), "Final loss and diverged trials per damping.")))
     caption = "Searched values per damping: median and quartiles of the kept trials, star: best trial."
     drawn.append(("best_values", Figure(pictures.best_values(config, summaries), caption)))
     for name in damped:

@@ -96,9 +96,7 @@ def follow_spectra(config: SweepConfig, rows: dict[Setting, list[TrialRow]], tas
     return spectra
 
 
-def _follow(
-    config: SweepConfig, setting: Setting, chosen: Sequence[TrialRow], task: Task
-) -> dict[str, dict[str, list[float]]]:
+def _follow(config: SweepConfig, setting: Setting, chosen: Sequence[TrialRow], task: Task) -> dict[str, dict[str, list[float]]]:
     seen: dict[str, list[list[Extremes]]] = {}
     style = _style(config, setting)
 

@@ -117,9 +117,7 @@ class NumberedSampler(BaseSampler):
     def _make(self, place: int) -> TPESampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return TPESampler(
-                seed=self.seed + place, n_startup_trials=self.num_startup, constant_liar=self.parallel
-            )
+            return TPESampler(seed=self.seed + place, n_startup_trials=self.num_startup, constant_liar=self.parallel)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """A fresh estimator for each trial."""
@@ -137,9 +135,7 @@ class NumberedSampler(BaseSampler):
         """As the estimator does."""
         return self._current.sample_independent(study, trial, name, distribution)
 
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """As the estimator does."""
         self._current.after_trial(study, trial, state, values)
 

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from benchmarks.common.config import ConfigError
 from benchmarks.common.data import Dataset
 from benchmarks.common.models import build_model
 from benchmarks.vi.config import MethodConfig, RateSchedule
+from benchmarks.vi.members import MemberStore, load_member, save_member
 from kfac_opt import KFAC, KFACVI, Posterior
 from kfac_opt.batchnorm import update_bn
 from kfac_opt.laplace import fit_laplace
@@ -130,9 +131,17 @@ def is_installed(method: MethodConfig) -> bool:
     return method.kind != "ivon" or importlib.util.find_spec("ivon") is not None
 
 
-def train_method(method: MethodConfig, settings: dict[str, Any], data: Dataset, training: Training, seed: int) -> Trained:
-    """Trains the net, or all members, and fits what comes after the training."""
-    members = [_train_one(method, settings, data, training, seed + 1000 * number) for number in range(method.members)]
+def train_method(
+    method: MethodConfig,
+    settings: dict[str, Any],
+    data: Dataset,
+    training: Training,
+    seed: int,
+    store: MemberStore | None = None,
+) -> Trained:
+    """Trains the net, or all members, and fits what comes after the training; nets found in ``store`` are not trained again."""
+    seeds = [seed + 1000 * number for number in range(method.members)]
+    members = [_member(method, settings, data, training, one, store) for one in seeds]
     first = members[0]
     trained = Trained(
         method,
@@ -149,6 +158,25 @@ def train_method(method: MethodConfig, settings: dict[str, Any], data: Dataset, 
         batches = list(zip(data.train_inputs.split(EVAL_BATCH), data.train_targets.split(EVAL_BATCH), strict=True))
         trained.posteriors = [fit_laplace(first.models[0], batches, prior_precision="evidence", fisher="mc")]
         trained.seconds += time.perf_counter() - start
+    return trained
+
+
+def _member(
+    method: MethodConfig, settings: dict[str, Any], data: Dataset, training: Training, seed: int, store: MemberStore | None
+) -> Trained:
+    """One net, from the store if it is there."""
+    if store is None or method.kind == "ivon":  # IVON draws from the state of its optimizer
+        return _train_one(method, settings, data, training, seed)
+    path = store.path(method, settings, seed)
+    if path.is_file():
+        model = with_dropout(build_model(training.model, seed), method.dropout).to(training.device).eval()
+        posterior, facts = load_member(path, model, training.device)
+        curve = Curve(**facts.pop("curve"))
+        return Trained(method, [model], [posterior] if posterior is not None else [], curve=curve, **facts)
+    trained = _train_one(method, settings, data, training, seed)
+    facts = {name: getattr(trained, name) for name in ("seconds", "diverged", "dropped_samples")}
+    posterior = trained.posteriors[0] if trained.posteriors else None
+    save_member(path, trained.models[0], posterior, {**facts, "curve": asdict(trained.curve)})
     return trained
 
 

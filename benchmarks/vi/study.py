@@ -15,6 +15,7 @@ from benchmarks.common.search import OptimizerConfig, search
 from benchmarks.vi.config import MethodConfig, VIConfig
 from benchmarks.vi.data import load_for_search, load_sets
 from benchmarks.vi.evaluation import ensemble_nll, evaluate
+from benchmarks.vi.members import MemberStore
 from benchmarks.vi.methods import Training, is_installed, train_method
 
 METRICS = ("accuracy", "nll", "brier", "ece")
@@ -91,7 +92,9 @@ def _run(name: str, method: MethodConfig, settings: dict[str, Any], data: Datase
     path = config.out / config.name / "runs" / f"{name}-{seed}-{identity}.json"
     if path.is_file():
         return dict(read_json(path))
-    trained = train_method(method, settings, data, training_of(config, data), seed)
+    training = training_of(config, data)
+    store = MemberStore(config.out / config.name / "members", {"data": asdict(config.data), **asdict(training)})
+    trained = train_method(method, settings, data, training, seed, store)
     result = evaluate(trained, data, config, seed)
     write_json(path, result)
     return dict(read_json(path))

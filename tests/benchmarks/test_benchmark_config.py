@@ -76,9 +76,7 @@ def test_every_value_can_be_overridden_on_the_command_line(config_file: Path, ar
 
 
 def test_negative_values_and_lists_can_be_given_as_flags(config_file: Path):
-    config = parse_arguments(
-        Outer, ["--config", str(config_file), "--limit", "-3", "--sizes", "[1, 2]"], description="test"
-    )
+    config = parse_arguments(Outer, ["--config", str(config_file), "--limit", "-3", "--sizes", "[1, 2]"], description="test")
     assert (config.limit, config.sizes) == (-3, [1, 2])
 
 
@@ -117,9 +115,7 @@ def test_a_missing_file_and_a_file_without_keys_are_named(tmp_path: Path):
         load_config(Outer, tmp_path / "list.yaml")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--stepz", "1"], ["5"], ["--steps"], ["--set", "steps"], ["--steps", "--limit"]]
-)
+@pytest.mark.parametrize("arguments", [["--stepz", "1"], ["5"], ["--steps"], ["--set", "steps"], ["--steps", "--limit"]])
 def test_the_command_line_ends_with_a_message_instead_of_a_traceback(
     config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ):

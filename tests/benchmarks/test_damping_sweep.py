@@ -460,7 +460,5 @@ def test_variants_of_one_optimizer_stand_side_by_side(tmp_path: Path):
     assert len({config.study_name(setting) for setting in config.settings()}) == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = train_trial(
-            config, Task(config.task), config.settings()[2], {"lr": 0.1, "lr_decay": 0.0, "momentum": 0.5}, 0
-        )
+        result = train_trial(config, Task(config.task), config.settings()[2], {"lr": 0.1, "lr_decay": 0.0, "momentum": 0.5}, 0)
     assert not result.diverged

@@ -20,6 +20,7 @@ from benchmarks.vi import data as vi_data
 from benchmarks.vi import methods, study
 from benchmarks.vi.config import MethodConfig, RateSchedule, VIConfig
 from benchmarks.vi.evaluation import evaluate
+from benchmarks.vi.members import MemberStore
 from kfac_opt.prediction import predict
 
 TINY = """
@@ -218,3 +219,38 @@ def test_every_shipped_config_is_read_and_its_optimizers_built(path: Path):
             continue
         settings = {**method.settings, **{name: value for name, value in method.start.items()}}
         methods.build(method, settings, build_model({"name": "mlp", "sizes": [4, 3]}, 0), 100, 0)
+
+
+def test_nets_are_trained_once_for_all_ensembles_that_hold_them(
+    config: VIConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = vi_data.load_sets(config)
+    training = study.training_of(config, data)
+    store = MemberStore(tmp_path / "members", {"epochs": config.epochs})
+    trained_seeds = []
+    train_one = methods._train_one
+
+    def counted(*arguments):
+        trained_seeds.append(arguments[-1])
+        return train_one(*arguments)
+
+    monkeypatch.setattr(methods, "_train_one", counted)
+    pair = methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, training, 0, store)
+    three = methods.train_method(MethodConfig("kfac_vi", members=3), {}, data, training, 0, store)
+    assert trained_seeds == [0, 1000, 2000]
+    again = methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, training, 0, store)
+    assert (again.seconds, again.curve, again.diverged) == (pair.seconds, pair.curve, pair.diverged)
+    assert three.seconds > pair.seconds
+    fresh, kept = (one.ensemble(data.test_inputs, 4, 3) for one in (pair, again))
+    assert fresh is not None
+    assert kept is not None
+    assert torch.equal(fresh.probabilities, kept.probabilities)
+    methods.train_method(MethodConfig("kfac_vi", members=2), {"lr": 0.03}, data, training, 0, store)
+    methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, training, 0, None)
+    assert trained_seeds[3:] == [0, 1000, 0, 1000]  # other settings, no store
+    method = MethodConfig("kfac", laplace="linearized")
+    fitted = [methods.train_method(method, {}, data, training, 0, store).ensemble(data.test_inputs, 4, 3) for _ in range(2)]
+    assert fitted[0] is not None
+    assert fitted[1] is not None
+    assert torch.allclose(fitted[0].probabilities, fitted[1].probabilities)
+    assert trained_seeds[7:] == [0]

@@ -75,9 +75,7 @@ def test_scale_of_a_convolution_at_every_map_size_and_batch_size(batch, size):
 def test_preconditioning_a_convolution_turns_the_gradient():
     """Elsewhere the cosine of raw and preconditioned gradient is 1.000 on convolutions: SGD with a clip."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), Lambda(pool), nn.Linear(8, 10)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), Lambda(pool), nn.Linear(8, 10))
     x = torch.randn(32, 3, 16, 16).cumsum(2).cumsum(3) / 16  # smooth images, as real ones are
     optimizer = KFAC(model)
     F.cross_entropy(model(x), torch.randint(10, (32,))).backward()
@@ -190,9 +188,7 @@ def test_eigenbasis_rotations_are_transposed_where_they_must_be():
     qa, qg = torch.linalg.eigh(a)[1], torch.linalg.eigh(g)[1]
     assert (qa - qa.T).norm() > 0.5
     assert (qg - qg.T).norm() > 0.5
-    block = reference.dense_eigenbasis(
-        reference.eigenbasis_scales(*reference.per_example_fisher(model, x, "0"), qa, qg), qa, qg
-    )
+    block = reference.dense_eigenbasis(reference.eigenbasis_scales(*reference.per_example_fisher(model, x, "0"), qa, qg), qa, qg)
     optimizer = bare_kfac(model, curvature="eigenbasis", damping=0.01)
     F.cross_entropy(model(x), y).backward()
     v = reference.module_matrix(model[0], lambda p: p.grad.clone())

@@ -50,9 +50,7 @@ def test_duplicating_every_example_changes_nothing(network, curvature, style):
         model = again(network)
         optimizer = bare_kfac(model, curvature=curvature, damping_style=style, damping=0.05)
         repeated = (torch.cat([t] * copies) for t in (x, y))
-        found.append(
-            (directions(model, optimizer, *repeated), {n: v.to_dense() for n, v in optimizer.curvature.items()})
-        )
+        found.append((directions(model, optimizer, *repeated), {n: v.to_dense() for n, v in optimizer.curvature.items()}))
     for one, three in zip(*found):
         for name in one:
             close(three[name], one[name], rtol=1e-8)

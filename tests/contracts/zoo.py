@@ -102,9 +102,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int]
     "convolution, grouped": (lambda: convolutional(groups=2), images, 3),
     "convolution, no bias": (lambda: convolutional(bias=False), images, 3),
     "convolution, norm": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), Lambda(pool), nn.Linear(4, 3)
-        ),
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), Lambda(pool), nn.Linear(4, 3)),
         images,
         3,
     ),

@@ -185,9 +185,7 @@ def test_a_side_above_max_factor_dim_is_diagonal(curvature):
         expected = torch.kron(a.diagonal().diag(), g)
     else:
         identity, qg = torch.eye(7, dtype=DOUBLE), torch.linalg.eigh(g)[1]
-        expected = reference.dense_eigenbasis(
-            reference.eigenbasis_scales(per_example, terms, identity, qg), identity, qg
-        )
+        expected = reference.dense_eigenbasis(reference.eigenbasis_scales(per_example, terms, identity, qg), identity, qg)
     close(view.to_dense(), expected, rtol=BASIS)
     v = torch.randn(4, 7, dtype=DOUBLE)
     if curvature == "eigenbasis":

@@ -12,9 +12,7 @@ from tests.support import Lambda, Sequence, Twice, bare_kfac, close, data, estim
 DOUBLE = torch.float64
 
 
-def assert_factors(
-    model: nn.Module, x: torch.Tensor, names: list[str], likelihood: str = "categorical", **options
-) -> None:
+def assert_factors(model: nn.Module, x: torch.Tensor, names: list[str], likelihood: str = "categorical", **options) -> None:
     """Every named layer's factors and dense block equal the reference's."""
     sharing, class_dim = options.get("weight_sharing", "expand"), options.pop("class_dim", None)
     expected = {n: reference.kronecker_factors(model, x, n, likelihood, sharing, class_dim) for n in names}
@@ -95,9 +93,7 @@ def test_convolution_in_both_weight_sharing_modes(sharing):
 @pytest.mark.parametrize("extra", [(2,), (2, 3)])
 def test_linear_with_several_shared_dimensions(extra):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Lambda(lambda h: h.flatten(1, -2).mean(1)), nn.Linear(4, 3)).to(
-        DOUBLE
-    )
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Lambda(lambda h: h.flatten(1, -2).mean(1)), nn.Linear(4, 3)).to(DOUBLE)
     assert_factors(model, torch.randn(4, *extra, 3, dtype=DOUBLE), ["0"])
 
 
@@ -125,11 +121,7 @@ def test_a_sequence_loss_gives_the_factors_of_the_same_tokens_in_one_batch():
     for batch in (x, x.reshape(12, 1, 3), x.reshape(1, 12, 3)):
         estimate(optimizer, model, batch)
         blocks.append(
-            [
-                f
-                for n in ("inner", "outer")
-                for f in (optimizer.curvature[n].input_factor, optimizer.curvature[n].output_factor)
-            ]
+            [f for n in ("inner", "outer") for f in (optimizer.curvature[n].input_factor, optimizer.curvature[n].output_factor)]
         )
     for other in blocks[1:]:
         for a, b in zip(blocks[0], other):

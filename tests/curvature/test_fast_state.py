@@ -31,9 +31,7 @@ def test_panels_give_the_same_factors_and_directions(groups, style, monkeypatch)
             optimizer.zero_grad()
             F.cross_entropy(model(scale * x), y).backward()
             optimizer.precondition_gradients_()
-        factors = [
-            getattr(optimizer.curvature[n], f"{side}_factor") for n in ("0", "2") for side in ("input", "output")
-        ]
+        factors = [getattr(optimizer.curvature[n], f"{side}_factor") for n in ("0", "2") for side in ("input", "output")]
         found.append((gradients(model), factors, [float(optimizer.state[model[0].weight]["curvature"]["scale"])]))
     (panel_directions, panel_factors, panel_scale), (directions, factors, scale) = found
     for name in directions:

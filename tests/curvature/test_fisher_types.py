@@ -123,9 +123,7 @@ def test_exact_factor_is_unbiased_where_terms_mix():
 
 def test_exact_fisher_of_batch_norm_in_training_mode_is_unbiased():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Tanh(), nn.Linear(3, 3)).to(
-        DOUBLE
-    )
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Tanh(), nn.Linear(3, 3)).to(DOUBLE)
     x, _ = data(4)
     # terms mix: E over signs of the row's outer product is the sum over terms of J^T H J of the whole batch
     handle_outputs: list[torch.Tensor] = []

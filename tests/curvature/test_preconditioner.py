@@ -112,9 +112,7 @@ def test_factored_damping_does_not_depend_on_which_factor_carries_the_scale():
     x = torch.randn(6, 4, dtype=DOUBLE)
     blocks = []
     for c in (1.0, 16.0):
-        model = nn.Sequential(
-            Lambda(lambda h, c=c: c * h), nn.Linear(4, 4, bias=False), Lambda(lambda h, c=c: h / c)
-        ).to(DOUBLE)
+        model = nn.Sequential(Lambda(lambda h, c=c: c * h), nn.Linear(4, 4, bias=False), Lambda(lambda h, c=c: h / c)).to(DOUBLE)
         with torch.no_grad():
             model[1].weight.copy_(torch.eye(4))
         optimizer = bare_kfac(model, damping=0.1, damping_style="factored")
@@ -286,9 +284,7 @@ def test_float32_inverse_of_a_rank_deficient_factor_is_positive_at_negligible_da
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 100, bias=False))
     x = torch.randn(examples, 200) * torch.linspace(0.1, 3.0, 200)
-    optimizer = bare_kfac(
-        model, likelihood="gaussian", damping=1e-14, damping_scale="relative", factor_dtype=torch.float32
-    )
+    optimizer = bare_kfac(model, likelihood="gaussian", damping=1e-14, damping_scale="relative", factor_dtype=torch.float32)
     estimate(optimizer, model, x)
     view = optimizer.curvature["0"]
     factor = view.input_factor.double()

@@ -29,9 +29,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     try:
         while not context.join(timeout=1.0):
             if time.monotonic() > end:
-                raise TimeoutError(
-                    f"the ranks did not finish within {SECONDS:g} seconds: a collective that not all joined"
-                )
+                raise TimeoutError(f"the ranks did not finish within {SECONDS:g} seconds: a collective that not all joined")
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -127,8 +125,7 @@ def test_a_given_process_group_is_used(ranks):
     alone = SCENARIOS["own group"](None)
     assert_close(ranks[0]["own group"]["blocks"], alone["blocks"])
     assert any(
-        not torch.allclose(ranks[0]["own group"]["blocks"][n], ranks[1]["own group"]["blocks"][n])
-        for n in alone["blocks"]
+        not torch.allclose(ranks[0]["own group"]["blocks"][n], ranks[1]["own group"]["blocks"][n]) for n in alone["blocks"]
     )
 
 

@@ -64,9 +64,7 @@ def test_trainer_trains_gpt2(accumulation, tmp_path):
         logging_steps=1,
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Counting(), optimizers=(optimizer, scheduler)
-    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Counting(), optimizers=(optimizer, scheduler))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
@@ -90,9 +88,7 @@ def test_trainer_checkpoint_resumes_bit_for_bit(tmp_path):
             save_strategy="steps", save_steps=5, disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=Counting(), optimizers=(optimizer, scheduler)
-        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Counting(), optimizers=(optimizer, scheduler))
         trainer.train(resume_from_checkpoint=resume)
         return model
 

@@ -179,9 +179,7 @@ def test_every_map_size_has_the_right_scale(size, options):
     settings = dict(CONVOLUTIONS_2D[options])
     if settings.get("kernel_size", 3) == 5 and min(size) < 5:
         settings["padding"] = 4
-    assert_convolution(
-        network(nn.Conv2d, channels=2, out=2, **settings), torch.randn(2, 2, *size, dtype=DOUBLE), "expand"
-    )
+    assert_convolution(network(nn.Conv2d, channels=2, out=2, **settings), torch.randn(2, 2, *size, dtype=DOUBLE), "expand")
 
 
 def test_channels_last_inputs_give_the_same_factors():
@@ -198,9 +196,7 @@ def test_channels_last_inputs_give_the_same_factors():
 def test_an_unbatched_image_is_one_example_of_a_convolution():
     """``[channels, height, width]``: torch's convolutions take it, so it must not be read as a batch of channels."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 2), nn.Tanh(), Lambda(lambda h: h.flatten(1).mean(1)[None]), nn.Linear(3, 3)
-    ).to(DOUBLE)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), Lambda(lambda h: h.flatten(1).mean(1)[None]), nn.Linear(3, 3)).to(DOUBLE)
     x = torch.randn(2, 4, 4, dtype=DOUBLE)
     batched = nn.Sequential(model[0], model[1], Lambda(pool), model[3])
     a, g = reference.kronecker_factors(batched, x[None], "0")

@@ -15,9 +15,9 @@ DOUBLE = torch.float64
 
 def network(vocabulary: int = 6, **options) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Embedding(vocabulary, 3, **options), nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(3, 3)
-    ).to(DOUBLE)
+    return nn.Sequential(nn.Embedding(vocabulary, 3, **options), nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(3, 3)).to(
+        DOUBLE
+    )
 
 
 TOKENS = torch.tensor([[0, 1, 1, 3], [3, 2, 1, 0], [4, 4, 4, 4], [2, 0, 1, 2], [1, 3, 0, 2]])

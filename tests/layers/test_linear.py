@@ -115,9 +115,7 @@ def test_gpt2s_conv1d_is_a_linear_layer_with_a_transposed_weight():
         close(optimizer.curvature[name].input_factor, a)
         close(optimizer.curvature[name].output_factor, g)
         module = model.get_submodule(name)
-        close(
-            reference.module_matrix(module, lambda p: p.grad), reference.dense_solve(torch.kron(a, g), 0.02, raw[name])
-        )
+        close(reference.module_matrix(module, lambda p: p.grad), reference.dense_solve(torch.kron(a, g), 0.02, raw[name]))
 
 
 def test_transformers_own_conv1d_has_a_kronecker_block():

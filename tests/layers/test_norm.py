@@ -32,9 +32,7 @@ def behind_convolution(norm: nn.Module) -> nn.Sequential:
 
 def behind_sequence(norm: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
-    return randomise(
-        nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(6, 3)).to(DOUBLE)
-    )
+    return randomise(nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), Lambda(lambda h: h.mean(1)), nn.Linear(6, 3)).to(DOUBLE))
 
 
 def frozen_statistics(norm: nn.Module) -> nn.Module:
@@ -104,9 +102,7 @@ def test_duplicating_every_example_changes_nothing(case, curvature):
         close(results[1][1][name], results[0][1][name])
 
 
-@pytest.mark.parametrize(
-    "norm", [lambda: nn.LayerNorm(6, bias=False), lambda: nn.LayerNorm(6)], ids=["no bias", "frozen bias"]
-)
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(6, bias=False), lambda: nn.LayerNorm(6)], ids=["no bias", "frozen bias"])
 def test_scale_without_a_trained_shift(norm):
     model = behind_linear(norm())
     if model[1].bias is not None:
@@ -153,9 +149,7 @@ def test_running_statistics_are_those_of_training_without_kfac():
             model(x)
             if attached:
                 optimizer.step()
-        stats.append(
-            (model[1].running_mean.clone(), model[1].running_var.clone(), model[1].num_batches_tracked.clone())
-        )
+        stats.append((model[1].running_mean.clone(), model[1].running_var.clone(), model[1].num_batches_tracked.clone()))
     assert all(torch.equal(a, b) for a, b in zip(*stats))
 
 

@@ -588,9 +588,7 @@ def no_factorisation(matrix: torch.Tensor, **_kwargs):
     return torch.full_like(matrix, NAN), torch.ones(matrix.shape[:-2], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(
-    ("curvature", "style"), [("kronecker", "factored"), ("kronecker", "exact"), ("eigenbasis", "factored")]
-)
+@pytest.mark.parametrize(("curvature", "style"), [("kronecker", "factored"), ("kronecker", "exact"), ("eigenbasis", "factored")])
 def test_a_failing_factorisation_keeps_the_old_inverse_and_in_the_end_names_the_layer(monkeypatch, curvature, style):
     model, (x, y) = mlp(torch.float32), data(dtype=torch.float32)
     optimizer = bare_kfac(model, lr=1e-3, curvature=curvature, damping_style=style, factor_dtype=torch.float32)

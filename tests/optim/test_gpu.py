@@ -114,9 +114,7 @@ def test_a_skipped_step_leaves_the_state():
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis"])
 def test_a_step_without_estimate_and_refresh_does_not_synchronise(curvature):
     model = network()
-    optimizer = KFAC(
-        model, curvature=curvature, ramp_steps=0, factor_interval=50, inverse_interval=50, refresh="together"
-    )
+    optimizer = KFAC(model, curvature=curvature, ramp_steps=0, factor_interval=50, inverse_interval=50, refresh="together")
     train_step(optimizer, model, *batch())
     optimizer.zero_grad()
     F.cross_entropy(model(batch()[0]), batch()[1]).backward()

@@ -32,8 +32,7 @@ def test_partial_with_the_model_is_an_optimizer_factory():
     train_step(optimizer, model, *data())
     optimizer.detach()
     assert [
-        len(g["params"])
-        for g in factory([{"params": model[0].parameters()}, {"params": model[2].parameters()}]).param_groups
+        len(g["params"]) for g in factory([{"params": model[0].parameters()}, {"params": model[2].parameters()}]).param_groups
     ] == [2, 2]
 
 
@@ -55,9 +54,7 @@ def test_none_means_all_trainable_parameters():
     model = mlp()
     model[0].bias.requires_grad_(False)
     optimizer = KFAC(model)
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
-        id(p) for p in model.parameters() if p.requires_grad
-    }
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("curvature", ["kronecker", "identity"])
@@ -178,9 +175,7 @@ def test_channels_last_gradients():
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
-        model = (
-            nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double().to(memory_format=memory_format)
-        )
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double().to(memory_format=memory_format)
         x = torch.randn(4, 2, 4, 4, dtype=torch.float64).to(memory_format=memory_format)
         optimizer = bare_kfac(model, lr=0.1, momentum=0.9)
         for _ in range(3):

@@ -30,9 +30,7 @@ def batches(count: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ("momentum", "nesterov", "weight_decay", "maximize", "foreach"),
     [
         (m, n, w, x, f)
-        for m, n, w, x, f in itertools.product(
-            (0.0, 0.9), (False, True), (0.0, 0.1), (False, True), (None, False, True)
-        )
+        for m, n, w, x, f in itertools.product((0.0, 0.9), (False, True), (0.0, 0.1), (False, True), (None, False, True))
         if not (n and m == 0.0)
     ],
 )

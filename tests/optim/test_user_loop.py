@@ -728,9 +728,7 @@ def test_one_output_per_example_may_come_without_its_dimension(likelihood):
 
 
 def test_parameters_of_several_dtypes_in_one_group():
-    model = nn.Sequential(
-        nn.Linear(4, 8), nn.Tanh(), Lambda(lambda h: h.bfloat16()), nn.Linear(8, 3, dtype=torch.bfloat16)
-    )
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), Lambda(lambda h: h.bfloat16()), nn.Linear(8, 3, dtype=torch.bfloat16))
     optimizer = KFAC(model, lr=0.1)
     x, y = data(32, dtype=torch.float32)
     losses = [train_step(optimizer, model, x, y) for _ in range(20)]

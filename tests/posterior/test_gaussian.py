@@ -103,9 +103,7 @@ def test_log_prob_entropy_and_kl_equal_those_of_torch_distributions():
     sample = posterior.sample()
     close(posterior.log_prob(sample), dense.log_prob(flat(sample)))
     close(posterior.entropy(), dense.entropy())
-    prior = MultivariateNormal(
-        torch.zeros_like(mean), torch.eye(len(mean), dtype=torch.float64) / WIDTH.prior_precision
-    )
+    prior = MultivariateNormal(torch.zeros_like(mean), torch.eye(len(mean), dtype=torch.float64) / WIDTH.prior_precision)
     close(posterior.kl(), kl_divergence(dense, prior))
     assert posterior.kl().dim() == posterior.log_prob(sample).dim() == posterior.entropy().dim() == 0
 

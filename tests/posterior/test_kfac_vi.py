@@ -481,9 +481,7 @@ def test_output_noise_averages_over_the_batch_and_noise_in_the_weights_does_not(
 
 def test_output_noise_is_refused_where_it_would_not_be_exact():
     convolution = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 3)).double()
-    with pytest.raises(
-        ValueError, match=r"for nn.Linear alone, '0' is Conv1d. Choose from \['2'\]; .*antithetic"
-    ):
+    with pytest.raises(ValueError, match=r"for nn.Linear alone, '0' is Conv1d. Choose from \['2'\]; .*antithetic"):
         vi(convolution, output_noise=["0"])
     with pytest.raises(ValueError, match="'9' is not a layer with curvature"):
         vi(convolution, output_noise=["9"])
@@ -494,9 +492,7 @@ def test_output_noise_is_refused_where_it_would_not_be_exact():
     x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.long)
     F.cross_entropy(tokens(x).flatten(0, 1), y.flatten()).backward()
     optimizer.step()
-    with pytest.raises(
-        RuntimeError, match=r"'' needs one call per pass on \[batch, features\], found an input"
-    ):
+    with pytest.raises(RuntimeError, match=r"'' needs one call per pass on \[batch, features\], found an input"):
         for _ in optimizer.weight_samples(1):
             tokens(x)
     twice = Twice().double()
@@ -647,9 +643,7 @@ def test_resuming_is_bit_for_bit_including_the_noise(curvature: str, tmp_path: A
 
 @pytest.mark.parametrize("decay", [0.95, 0.0])  # without memory the weight of the average is 1 from the first estimate on
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
-def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_widths_at_every_step(
-    curvature: str, decay: float
-):
+def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_widths_at_every_step(curvature: str, decay: float):
     model = mlp()
     optimizer = vi(model, curvature=curvature, factor_interval=4, inverse_interval=6, ramp_steps=1, factor_decay=decay)
     other_model = mlp()

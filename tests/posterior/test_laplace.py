@@ -58,9 +58,7 @@ def test_eigenbasis_scales_are_those_of_all_batches_together():
         input_factor, _ = reference.kronecker_factors(model, x, name)
         per_example, terms = reference.per_example_fisher(model, x, name)
         form = block.form
-        close(
-            form.input_basis[0] @ torch.diag(torch.linalg.eigvalsh(input_factor)) @ form.input_basis[0].T, input_factor
-        )
+        close(form.input_basis[0] @ torch.diag(torch.linalg.eigvalsh(input_factor)) @ form.input_basis[0].T, input_factor)
         scales = reference.eigenbasis_scales(per_example, terms, form.input_basis[0], form.output_basis[0])
         close(form.eigenvalues[0], scales, rtol=1e-8)
 

@@ -36,9 +36,7 @@ def exact_posterior(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def ours(mean: Tensor, damping: str = "exact") -> Posterior:
     inputs, _ = problem()
     width = Width(ess=N, prior_precision=1 / PRIOR_VARIANCE)
-    block = kronecker_block(
-        inputs.T @ inputs / N, torch.eye(OUT, dtype=torch.float64) / NOISE, width=width, damping=damping
-    )
+    block = kronecker_block(inputs.T @ inputs / N, torch.eye(OUT, dtype=torch.float64) / NOISE, width=width, damping=damping)
     return Posterior({"weight": mean}, [block], likelihood="gaussian")
 
 

@@ -89,9 +89,7 @@ def test_sequences_are_flattened_and_the_mean_probability_beats_the_mean_loss(ba
     probabilities, targets = batch
     close(metrics.brier_score(probabilities.view(100, 5, 7), targets.view(100, 5)), metrics.brier_score(*batch))
     other = probabilities.roll(1, 0)
-    single = (
-        metrics.negative_log_likelihood(probabilities, targets) + metrics.negative_log_likelihood(other, targets)
-    ) / 2
+    single = (metrics.negative_log_likelihood(probabilities, targets) + metrics.negative_log_likelihood(other, targets)) / 2
     assert float(metrics.negative_log_likelihood((probabilities + other) / 2, targets)) < float(single)
 
 

@@ -20,9 +20,7 @@ NARROW = Width(ess=100.0, prior_precision=30.0)
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(3)
-    return (
-        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3)).to(dtype).eval()
-    )
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3)).to(dtype).eval()
 
 
 def around(model: nn.Module, likelihood: Any = "categorical", width: Width = NARROW) -> Posterior:
@@ -175,9 +173,7 @@ def test_auto_falls_back_to_the_loop_where_vmap_cannot_run_the_model():
 def test_a_posterior_of_another_model_is_refused_with_names_and_shapes():
     posterior = around(net())
     wider = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 3)).double()
-    with pytest.raises(
-        ValueError, match=r"another model: '0.weight' is \[6, 4\] in the posterior and \[7, 4\] in the model"
-    ):
+    with pytest.raises(ValueError, match=r"another model: '0.weight' is \[6, 4\] in the posterior and \[7, 4\] in the model"):
         predict(wider, posterior, data()[0])
     with pytest.raises(ValueError, match=r"'0.weight' \[6, 4\] is not in the model"):
         predict(nn.Sequential(), posterior, data()[0])

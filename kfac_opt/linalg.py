@@ -128,6 +128,23 @@ def pi_correction(input_mean: Tensor, output_mean: Tensor) -> Tensor:
     return ratio.sqrt()
 
 
+def split_damped(eigenvalues: Tensor, gamma: Tensor) -> Tensor:
+    r"""Eigenvalues of a Kronecker block with the damping split over its factors, from those of the block alone.
+
+    With :math:`s_{ij} = \lambda^G_i \lambda^A_j` the π-split :math:`(\lambda^G_i + \sqrt\gamma/\pi)(\lambda^A_j +
+    \pi\sqrt\gamma)` is :math:`s_{ij} + \sqrt{\gamma/\bar s}\,(\bar s_{i\cdot} + \bar s_{\cdot j}) + \gamma`, where bars are
+    means: in this form it holds for scales that are no product, those of EKFAC.
+
+    Args:
+        eigenvalues: ``[groups, out_dim, in_dim]``, not negative.
+        gamma: broadcastable to them, not negative.
+    """
+    rows, columns = eigenvalues.mean(-1, keepdim=True), eigenvalues.mean(-2, keepdim=True)
+    mean = rows.mean(-2, keepdim=True)
+    share = torch.where(mean > 0, gamma / torch.where(mean > 0, mean, 1.0), 0.0).sqrt()
+    return eigenvalues + (share * rows + gamma) + share * columns
+
+
 def triangle_size(n: int) -> int:
     """Number of entries of one triangle of an ``n × n`` matrix, diagonal included."""
     return n * (n + 1) // 2

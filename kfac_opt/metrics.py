@@ -116,9 +116,7 @@ def _checked(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             f"{list(targets.shape)}, expected [..., classes] and class numbers [...]."
         )
     if targets.dtype.is_floating_point or targets.numel() == 0:
-        raise ValueError(
-            f"metrics: targets must be at least one whole class number, got {targets.numel()} of {targets.dtype}."
-        )
+        raise ValueError(f"metrics: targets must be at least one whole class number, got {targets.numel()} of {targets.dtype}.")
     p = probabilities.detach().double().flatten(0, -2)
     if not bool(((p.sum(-1) - 1).abs() < 1e-2).all()) or bool((p < 0).any()):
         raise ValueError(

@@ -92,9 +92,7 @@ class CurvatureBlock(ABC):
         return
 
     @abstractmethod
-    def add_output(
-        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
-    ) -> None:
+    def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         """Adds what one column of output gradients (one tensor per call) contributes.
 
         ``state`` is given where per-example products can be taken in the basis in force, None where they have

@@ -20,9 +20,7 @@ class DiagonalBlock(CurvatureBlock):
 
     needs_input = False
 
-    def add_output(
-        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
-    ) -> None:
+    def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         statistics.add("square", gradients[0].detach().to(self.dtype).square())
 
     def sum_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,9 +52,7 @@ class DiagonalBlock(CurvatureBlock):
 class NormBlock(CurvatureBlock):
     """Scale and shift of a norm layer: per channel the ``2 × 2`` moment of the per-example sums ``(Σ g x̂, Σ g)``."""
 
-    def add_output(
-        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
-    ) -> None:
+    def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         assert isinstance(self.adapter, NormAdapter)
         sums = [
             self.adapter.example_sums(call.x.to(self.dtype), gradient.to(self.dtype), call.keep)

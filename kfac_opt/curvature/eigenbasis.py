@@ -1,7 +1,8 @@
 r"""EKFAC: Kronecker eigenbases with the second moments of the per-example gradient in them.
 
 George, Laurent, Bouthillier, Ballas & Vincent 2018, arXiv:1806.03884: in the basis of the Kronecker factors the
-best diagonal (in Frobenius norm) is :math:`s = E[(Q_G^\top \nabla W\, Q_A)^2]`.
+best diagonal (in Frobenius norm) is :math:`s = E[(Q_G^\top \nabla W\, Q_A)^2]`. Damping adds γ to it; ``split`` adds the cross
+terms of the factored damping too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, Damping, State, Statistics, average_into, average_weight
-from kfac_opt.curvature.kronecker import KroneckerBlock, Refreshed
+from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock, Refreshed
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
 from kfac_opt.layers.embedding import EmbeddingAdapter
@@ -33,14 +34,12 @@ class EigenbasisBlock(KroneckerBlock):
         *,
         max_factor_dim: int,
         max_block_dim: int | None = None,
+        split: bool = False,
     ) -> None:
-        super().__init__(
-            adapter, dtype, sharing, style="exact", max_factor_dim=max_factor_dim, max_block_dim=max_block_dim
-        )
+        style: DampingStyle = "split" if split else "exact"
+        super().__init__(adapter, dtype, sharing, style=style, max_factor_dim=max_factor_dim, max_block_dim=max_block_dim)
 
-    def add_output(
-        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
-    ) -> None:
+    def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         super().add_output(statistics, calls, gradients, state)
         if state is None:
             statistics.examples.append((calls, gradients, 1.0))
@@ -113,7 +112,7 @@ class EigenbasisBlock(KroneckerBlock):
         return [*super().refreshed_tensors(state), state["scales"]]
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
-        return self.scales(state) + damping.of(state)
+        return self._damped(self.scales(state), damping.of(state))
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         return self._form(state, self.scales(state))

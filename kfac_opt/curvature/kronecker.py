@@ -12,9 +12,9 @@ from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Stati
 from kfac_opt.curvature.sides import Side
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
-from kfac_opt.linalg import FactorizationError, pack_triangle, pi_correction
+from kfac_opt.linalg import FactorizationError, pack_triangle, pi_correction, split_damped
 
-DampingStyle = Literal["factored", "exact"]
+DampingStyle = Literal["factored", "exact", "split"]
 SIDES = ("input", "output")
 MAX_FAILURES = 3
 Refreshed = dict[str, list[Tensor]]  # new tensors by the name of the state they go to: of inverses one for each block
@@ -25,7 +25,7 @@ class KroneckerBlock(CurvatureBlock):
     r"""``A ⊗ G`` with ``A = (1/N) Σ a aᵀ`` (positions summed) and ``G = (1/R) Σ g gᵀ`` (rows averaged).
 
     ``style="factored"`` preconditions with :math:`(G + \sqrt\gamma/\pi)^{-1} V (A + \pi\sqrt\gamma)^{-1}`, ``"exact"``
-    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases. ``basis`` keeps eigenbases beside the inverses of
+    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases, ``"split"`` as the factored style there. ``basis`` keeps eigenbases beside the inverses of
     the factored style (posterior samples need them, and two products with inverses cost half of four with bases).
 
     A side larger than ``max_block_dim`` keeps diagonal blocks of its factor, one larger than ``max_factor_dim``, or the
@@ -52,7 +52,7 @@ class KroneckerBlock(CurvatureBlock):
         self.layer = adapter
         self.style = style
         self.inverse_dtype = dtype if inverse_dtype is None else inverse_dtype
-        self.in_basis = style == "exact"  # where the gradient is preconditioned
+        self.in_basis = style != "factored"  # where the gradient is preconditioned
         self.keeps_basis = basis or self.in_basis
         groups, out_dim, in_dim = self.layout.shape
         self.groups = groups
@@ -82,9 +82,7 @@ class KroneckerBlock(CurvatureBlock):
             moments = layer.input_block_moments(*how, side.ranges) if side.blocked else [layer.input_moment(*how)]
             statistics.add("input", side.packed(moments) if side.packs_at_once else moments[0])
 
-    def add_output(
-        self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None
-    ) -> None:
+    def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         side, layer = self.sides["output"], self.layer
         for call, gradient in zip(calls, gradients):
             how = gradient, call.keep, self.sharing, self.dtype
@@ -270,7 +268,10 @@ class KroneckerBlock(CurvatureBlock):
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
         """What the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
-        return _outer(state["output_values"], state["input_values"]) + damping.of(state)
+        return self._damped(_outer(state["output_values"], state["input_values"]), damping.of(state))
+
+    def _damped(self, eigenvalues: Tensor, gamma: Tensor) -> Tensor:
+        return split_damped(eigenvalues, gamma) if self.style == "split" else eigenvalues + gamma
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         if current:

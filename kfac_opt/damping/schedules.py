@@ -53,9 +53,7 @@ class ExponentialDamping(_Schedule):
         min_damping, max_damping: where it stops.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, decay: float, *, min_damping: float = 1e-8, max_damping: float = 1e6
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, decay: float, *, min_damping: float = 1e-8, max_damping: float = 1e6) -> None:
         super().__init__(optimizer, min_damping=min_damping, max_damping=max_damping)
         check_positive(type(self).__name__, decay=decay)
         self.decay = decay

@@ -87,9 +87,7 @@ class LayerAdapter(ABC):
         r"""Sum over rows of :math:`g g^\top`, ``[groups, out_dim, out_dim]``; ``"reduce"`` sums positions first."""
         return second_moment(self.output_rows(gradient.to(dtype)), keep, "sum" if sharing == "reduce" else None)
 
-    def input_moment_rows(
-        self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype
-    ) -> MomentRows | None:
+    def input_moment_rows(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> MomentRows | None:
         """:meth:`input_moment` by slices of its rows, where that spares writing it as a whole; else None."""
         return None
 
@@ -131,9 +129,7 @@ def gram(columns: Tensor) -> Tensor:
     return columns @ columns.mT
 
 
-def second_moment_diagonal(
-    rows: Tensor, keep: Tensor | None = None, pool: Literal["mean", "sum"] | None = None
-) -> Tensor:
+def second_moment_diagonal(rows: Tensor, keep: Tensor | None = None, pool: Literal["mean", "sum"] | None = None) -> Tensor:
     """Diagonal of :func:`second_moment`: ``[groups, features]``."""
     return pooled_rows(rows, keep, pool).square().sum(-2)
 

@@ -62,9 +62,7 @@ class ConvAdapter(LayerAdapter):
             found.append(self._displacement_moment(channels, with_one=end == size and self.layout.has_bias))
         return found
 
-    def input_moment_rows(
-        self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype
-    ) -> MomentRows | None:
+    def input_moment_rows(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> MomentRows | None:
         channels = x.shape[-len(self.module.kernel_size) - 1] // self.module.groups
         if keep is not None or sharing == "reduce" or self.layout.has_bias or channels < FEW_CHANNELS:
             return None

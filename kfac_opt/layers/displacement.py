@@ -18,9 +18,7 @@ from kfac_opt.products import outer_gram, times_transposed
 PRODUCT_CHANNELS = 200  # from here on one product per displacement, below one weight-gradient call for all
 
 
-def patch_moment(
-    x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], groups: int, *, with_one: bool
-) -> Tensor:
+def patch_moment(x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int], groups: int, *, with_one: bool) -> Tensor:
     """Sum of outer products of the zero-padded patches around every pixel, features in the order of a weight.
 
     Args:
@@ -63,9 +61,7 @@ class PatchBlocks:
         rows = {side: _strip(x, 2, 1 - side, dilation[0]) for side in _sides(kernel[0])}
         columns = {side: _strip(x, 3, 1 - side, dilation[1]) for side in _sides(kernel[1])}
         row_moments = {side: displacement_moments(part, (1, kernel[1]), dilation, groups) for side, part in rows.items()}
-        column_moments = {
-            side: displacement_moments(part, (kernel[0], 1), dilation, groups) for side, part in columns.items()
-        }
+        column_moments = {side: displacement_moments(part, (kernel[0], 1), dilation, groups) for side, part in columns.items()}
         places = [(y, x) for y in range(kernel[0]) for x in range(kernel[1])]
         for first, (first_y, first_x) in enumerate(places):
             for second, (second_y, second_x) in enumerate(places[first:], start=first):

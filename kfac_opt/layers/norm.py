@@ -120,5 +120,3 @@ class RMSNormAdapter(_LastDimensionsNorm):
 
     def normalized(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, list(self.module.normalized_shape), eps=self.module.eps)
-
-

@@ -24,7 +24,5 @@ def make_likelihood(likelihood: LikelihoodName | Likelihood | dict[str, object])
     arguments = dict(likelihood) if isinstance(likelihood, dict) else {"name": likelihood}
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in _LIKELIHOODS:
-        raise ValueError(
-            f"likelihood must be one of {sorted(_LIKELIHOODS)} or an instance of Likelihood, got {name!r}"
-        )
+        raise ValueError(f"likelihood must be one of {sorted(_LIKELIHOODS)} or an instance of Likelihood, got {name!r}")
     return _LIKELIHOODS[name](**arguments)

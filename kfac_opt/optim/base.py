@@ -271,9 +271,7 @@ class CurvatureOptimizer(SavedOptimizer):
             factors = bound_updates_(updates, found, lr, float(group["max_relative_update"]))
         apply_(found.parameters, updates, lr, self._decay(group, lr), factors, foreach=foreach)
 
-    def _before_momentum(
-        self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor], lr: float
-    ) -> list[Tensor]:
+    def _before_momentum(self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor], lr: float) -> list[Tensor]:
         """What a subclass adds to the clipped directions before they enter the momentum."""
         return updates
 

@@ -139,8 +139,7 @@ class Estimation:
         chosen = [
             name
             for name, entry in self.tracked.items()
-            if entry.block.refreshable
-            and (self.refreshes(name, step, groups) or entry.block.needs_first_refresh(states[name]))
+            if entry.block.refreshable and (self.refreshes(name, step, groups) or entry.block.needs_first_refresh(states[name]))
         ]
         if self.background is not None and group is None:
             for name in self.background.arriving(step):
@@ -213,9 +212,7 @@ class Estimation:
         if self.background is not None:
             self.background.jobs.clear()
 
-    def _share(
-        self, states: dict[str, State], chosen: list[str], owners: list[int], group: dist.ProcessGroup
-    ) -> None:
+    def _share(self, states: dict[str, State], chosen: list[str], owners: list[int], group: dist.ProcessGroup) -> None:
         """Everybody gets what the owners computed, with the counts that say whether it is usable."""
         owned: list[tuple[int, list[Tensor]]] = []
         counters: list[tuple[Tensor, Tensor]] = []

@@ -101,7 +101,7 @@ class KFACVI(VariationalOptimizer):
         fisher: Literal["mc", "exact", "empirical"] = "mc",
         label_samples: int = 1,
         curvature: Literal["kronecker", "eigenbasis", "diagonal"] = "kronecker",
-        damping_style: Literal["factored", "exact"] = "factored",
+        damping_style: Literal["factored", "exact", "split"] = "factored",
         damping_scale: Literal["relative", "absolute"] = "relative",
         nesterov: bool = True,
         ramp_steps: int = 10,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 CURVATURES = ("kronecker", "eigenbasis", "diagonal", "identity")
 CHOICES: dict[str, tuple[str, ...]] = {
     "fisher": ("mc", "exact", "empirical"),
-    "damping_style": ("factored", "exact"),
+    "damping_style": ("factored", "exact", "split"),
     "damping_scale": ("relative", "absolute"),
     "weight_sharing": ("expand", "reduce"),
     "loss_reduction": ("mean", "sum"),

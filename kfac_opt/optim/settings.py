@@ -21,7 +21,7 @@ class CurvatureOptions:
     likelihood: Likelihood | LikelihoodName = "categorical"
     fisher: FisherKind = "mc"
     label_samples: int = 1
-    damping_style: Literal["factored", "exact"] = "factored"
+    damping_style: Literal["factored", "exact", "split"] = "factored"
     damping_scale: Literal["relative", "absolute"] = "relative"
     ramp_steps: int = 10
     refresh: Literal["staggered", "together", "async"] = "staggered"

@@ -127,7 +127,12 @@ def _block(adapter: LayerAdapter, curvature: str, dtype: torch.dtype, options: B
     limit = options.max_factor_dim
     if curvature == "eigenbasis":
         return EigenbasisBlock(
-            adapter, dtype, options.weight_sharing, max_factor_dim=limit, max_block_dim=options.max_block_dim
+            adapter,
+            dtype,
+            options.weight_sharing,
+            max_factor_dim=limit,
+            max_block_dim=options.max_block_dim,
+            split=options.damping_style == "split",
         )
     return KroneckerBlock(
         adapter,

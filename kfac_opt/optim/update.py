@@ -125,9 +125,7 @@ def momentum_(
     return updates
 
 
-def bound_updates_(
-    updates: list[Tensor], found: Directions, lr: float, max_relative_update: float
-) -> list[float] | None:
+def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_relative_update: float) -> list[float] | None:
     """Shortens each block's update so that ``‖lr · u‖ ≤ max_relative_update · max(‖W‖, floor)``.
 
     The floor is ``0.1 · sqrt(out_dim)``, so that layers that start at zero can move.
@@ -152,9 +150,7 @@ def bound_updates_(
     return None
 
 
-def _bounds_on_host(
-    updates: list[Tensor], found: Directions, lr: float, max_relative_update: float
-) -> list[float] | None:
+def _bounds_on_host(updates: list[Tensor], found: Directions, lr: float, max_relative_update: float) -> list[float] | None:
     lengths = _block_norms(updates, found)
     floors = [RELATIVE_FLOOR * math.sqrt(out_dim) for out_dim in found.out_dims]
     if all(lr * length <= max_relative_update * floor for length, floor in zip(lengths, floors)):

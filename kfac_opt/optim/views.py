@@ -40,9 +40,7 @@ class CurvatureView:
 
     def _factor(self, side: str) -> Tensor:
         if not isinstance(self.block, KroneckerBlock):
-            raise AttributeError(
-                f"curvature['{self.name}'] has no {side}_factor: it is not a Kronecker block. Read to_dense()."
-            )
+            raise AttributeError(f"curvature['{self.name}'] has no {side}_factor: it is not a Kronecker block. Read to_dense().")
         factor = self.block.factor(self._state(), side)
         return factor.squeeze(0) if self.block.groups == 1 else factor
 

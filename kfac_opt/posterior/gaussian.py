@@ -120,9 +120,7 @@ class Posterior:
                 owners[name] = owners.get(name, 0) + 1
         wrong = [name for name in self.mean if owners.get(name, 0) != 1]
         if wrong:
-            raise ValueError(
-                f"Posterior: every mean needs exactly one block, but {wrong[0]!r} has {owners.get(wrong[0], 0)}."
-            )
+            raise ValueError(f"Posterior: every mean needs exactly one block, but {wrong[0]!r} has {owners.get(wrong[0], 0)}.")
         if not self.mean:
             raise ValueError("Posterior: there are no trainable parameters. Give at least one mean.")
 

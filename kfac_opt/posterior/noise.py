@@ -19,10 +19,7 @@ def correlated_noise(blocks: Sequence[PosteriorBlock], generator: torch.Generato
     for block in blocks:
         dtype = block.form.eigenvalues.dtype
         sizes[dtype] = sizes.get(dtype, 0) + block.layout.numel
-    draws = {
-        dtype: torch.randn(size, generator=generator, dtype=dtype, device=generator.device)
-        for dtype, size in sizes.items()
-    }
+    draws = {dtype: torch.randn(size, generator=generator, dtype=dtype, device=generator.device) for dtype, size in sizes.items()}
     used = dict.fromkeys(sizes, 0)
     noise: dict[str, Tensor] = {}
     for block in blocks:

@@ -67,6 +67,34 @@ def test_direction_equals_a_dense_solve(case):
     close(optimizer.curvature[name].precondition(v), expected, rtol=BASIS)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_split_damping_adds_the_cross_terms_of_the_factored_one(case):
+    """``(λ^G + √γ/π)(λ^A + π√γ)`` with ``λ^G_i`` and ``λ^A_j`` read off the marginal means of the scales."""
+    make, inputs, name = CASES[case]
+    model, x = make(), inputs()
+    qa, qg = bases(model, x, name)
+    per_example, terms = reference.per_example_fisher(model, x, name)
+    scales = reference.eigenbasis_scales(per_example, terms, qa, qg)
+    optimizer = bare_kfac(model, curvature="eigenbasis", damping=0.01, damping_style="split")
+    estimate(optimizer, model, x)
+    rows, columns = scales.mean(1), scales.mean(0)
+    damped = scales + 0.01 + (0.01 / scales.mean()) ** 0.5 * (rows[:, None] + columns[None, :])
+    v = torch.randn_like(scales)
+    expected = reference.dense_solve(reference.dense_eigenbasis(damped, qa, qg), 0.0, v)
+    close(optimizer.curvature[name].precondition(v), expected, rtol=BASIS)
+
+
+def test_split_damping_of_a_product_of_factors_is_the_factored_one():
+    """One example: the scales are exactly ``λ^G_i λ^A_j``, and EKFAC with split damping is factored K-FAC."""
+    directions = []
+    for options in ({"curvature": "eigenbasis", "damping_style": "split"}, {"damping_style": "factored"}):
+        model, x = nn.Sequential(nn.Linear(4, 2)).to(DOUBLE), data(1)[0]
+        optimizer = bare_kfac(model, likelihood="gaussian", damping=0.03, **options)
+        estimate(optimizer, model, x)
+        directions.append(optimizer.curvature["0"].precondition(torch.ones(2, 5, dtype=DOUBLE)))
+    close(*directions, rtol=BASIS)
+
+
 def test_grouped_convolution_has_one_basis_pair_per_group():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Tanh(), Lambda(pool), nn.Linear(6, 3)).to(DOUBLE)

@@ -29,13 +29,13 @@ CASES = {
 
 
 def solved(style: str, a: torch.Tensor, g: torch.Tensor, damping: float, v: torch.Tensor) -> torch.Tensor:
-    if style == "factored":
+    if style in ("factored", "split"):
         return reference.factored_solve(a, g, damping, v)
     return reference.dense_solve(reference.dense_kronecker(a, g), damping, v)
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 @pytest.mark.parametrize("case", CASES)
 def test_precondition_equals_a_dense_solve(case, style, damping):
     make, inputs, names = CASES[case]
@@ -48,7 +48,7 @@ def test_precondition_equals_a_dense_solve(case, style, damping):
         close(optimizer.curvature[name].precondition(v), solved(style, a, g, damping, v))
 
 
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 @pytest.mark.parametrize("case", ["convolution", "sequence"])
 def test_precondition_equals_a_dense_solve_with_reduced_positions(case, style):
     make, inputs, names = CASES[case]
@@ -61,7 +61,7 @@ def test_precondition_equals_a_dense_solve_with_reduced_positions(case, style):
         close(optimizer.curvature[name].precondition(v), solved(style, a, g, 0.05, v))
 
 
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_replaced_by_the_solution(case, style):
     make, inputs, names = CASES[case]
@@ -81,7 +81,7 @@ def test_gradients_are_replaced_by_the_solution(case, style):
 
 
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 def test_a_plain_step_moves_by_minus_lr_times_the_direction(curvature, style):
     model, (x, y) = mlp(), data()
     twin = mlp()
@@ -121,7 +121,7 @@ def test_factored_damping_does_not_depend_on_which_factor_carries_the_scale():
     close(blocks[1], blocks[0])
 
 
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 def test_damping_means_the_same_in_both_styles_when_it_dominates(style):
     """Both tend to V / γ: π-splitting errs by at most 2 sqrt(λ/γ) + λ/γ, λ the largest eigenvalue up to π's ratio."""
     model, (x, _) = mlp(), data()
@@ -144,7 +144,7 @@ def test_relative_damping_is_the_given_number_times_the_scale_of_the_layer():
         close(optimizer.curvature[name].precondition(v), expected)
 
 
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 def test_relative_damping_scales_with_the_curvature(style):
     """Ten times larger inputs to a linear model: A is a hundred times larger, the direction a hundred times smaller."""
     torch.manual_seed(0)
@@ -218,7 +218,7 @@ def test_diagonal_block_divides_by_diagonal_plus_damping_without_a_root(scale):
     close(model[0].weight.grad, raw["0.weight"] / (diagonal + gamma))
 
 
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 @pytest.mark.parametrize("scale", ["absolute", "relative"])
 def test_norm_block_is_solved_channel_by_channel_in_every_damping_style(style, scale):
     torch.manual_seed(0)
@@ -254,7 +254,7 @@ def test_damping_can_differ_per_group_and_change_between_steps():
 
 
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
-@pytest.mark.parametrize("style", ["factored", "exact"])
+@pytest.mark.parametrize("style", ["factored", "exact", "split"])
 @pytest.mark.parametrize("damping", [1e-8, 1e-5, 1e-3])
 def test_rank_deficient_factors_in_float32_give_a_finite_descent_direction(curvature, style, damping):
     """One example: every factor has rank one. An unchecked fp32 Cholesky returns garbage here without an error."""

@@ -17,6 +17,7 @@ from tests.support import assert_same, data, mlp, train_step, weights
 OPTIONS = [
     {"curvature": "kronecker"},
     {"curvature": "kronecker", "damping_style": "exact"},
+    {"curvature": "eigenbasis", "damping_style": "split"},
     {"curvature": "eigenbasis"},
     {"curvature": "diagonal"},
     {"curvature": "identity"},

@@ -25,8 +25,9 @@ class KroneckerBlock(CurvatureBlock):
     r"""``A ⊗ G`` with ``A = (1/N) Σ a aᵀ`` (positions summed) and ``G = (1/R) Σ g gᵀ`` (rows averaged).
 
     ``style="factored"`` preconditions with :math:`(G + \sqrt\gamma/\pi)^{-1} V (A + \pi\sqrt\gamma)^{-1}`, ``"exact"``
-    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases, ``"split"`` as the factored style there. ``basis`` keeps eigenbases beside the inverses of
-    the factored style (posterior samples need them, and two products with inverses cost half of four with bases).
+    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases, ``"split"`` as the factored style, but there. ``basis``
+    keeps eigenbases beside the inverses of the factored style (posterior samples need them, and two products with
+    inverses cost half of four with bases).
 
     A side larger than ``max_block_dim`` keeps diagonal blocks of its factor, one larger than ``max_factor_dim``, or the
     input of an embedding, only its diagonal. ``inverse_dtype`` is that of the stored inverses and of the products with

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.gradient_rows import outer, rows_that_pay
 from kfac_opt.curvature.sides import Side
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
@@ -255,6 +256,19 @@ class KroneckerBlock(CurvatureBlock):
             return self._turn(state, turned, back=True)
         right = self.sides["input"].times_inverse(matrix, state["input_inverse"])
         return self.sides["output"].inverse_times(state["output_inverse"], right).to(self.dtype)
+
+    def rows_that_pay(self) -> int:
+        """Up to how many rows :meth:`precondition_rows` costs less than :meth:`precondition`; 0 where it is not there."""
+        if self.in_basis or self.groups > 1 or not all(self.dense_sides.values()):
+            return 0
+        costs = [self.sides[name].multiplications() for name in ("output", "input")]
+        return rows_that_pay(costs[0], costs[1], self.dims["output"], self.dims["input"])
+
+    def precondition_rows(self, state: State, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The direction ``[1, out, in]`` for the gradient ``Σ_n outputs_n inputs_nᵀ`` of rows ``[R, in]``, ``[R, out]``."""
+        left = self.sides["output"].times_inverse(outputs.unsqueeze(0), state["output_inverse"])
+        right = self.sides["input"].times_inverse(inputs.unsqueeze(0), state["input_inverse"])
+        return outer(left[0].to(self.dtype), right[0].to(self.dtype)).unsqueeze(0)
 
     def _turn(self, state: State, matrix: Tensor, *, back: bool = False) -> Tensor:
         """Into the eigenbasis in force, ``Q_Gᵀ M Q_A``, or ``back``."""

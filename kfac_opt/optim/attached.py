@@ -14,7 +14,10 @@ from torch.optim import Optimizer
 
 from kfac_opt.curvature.block import Damping, State
 from kfac_opt.curvature.collector import Collector
+from kfac_opt.curvature.gradient_rows import GradientRows
+from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.distributed import active_group, rank
+from kfac_opt.layers.linear import LinearAdapter
 from kfac_opt.likelihoods import Likelihood, make_likelihood
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.estimation import Estimation
@@ -94,6 +97,7 @@ class AttachedOptimizer(Optimizer):
             )
         options = self._options
         self._model = model
+        self._rows = GradientRows() if options.gradient_rows else None
         self._track()  # may raise: nothing is attached before
         _attached[root] = weakref.ref(self)
         make_generator = _PassGenerators(self)
@@ -136,6 +140,8 @@ class AttachedOptimizer(Optimizer):
         self._gone = uncovered(self.param_groups, self._tracked)  # parameters that left the model are not looked for again
         views = {name: self._view(name, tracked) for name, tracked in self._tracked.items()}
         self._views = CurvatureMapping(views)
+        if self._rows is not None:
+            self._rows.attach(_few_rows(self._tracked))
 
     def _cover_unfrozen(self) -> bool:
         """Gives blocks to parameters that were frozen when the blocks were made and are trained now."""
@@ -175,6 +181,8 @@ class AttachedOptimizer(Optimizer):
         """Removes all hooks and frees the model for another optimizer. ``step()`` raises afterwards."""
         if self._model is not None:
             self._collector.detach()
+            if self._rows is not None:
+                self._rows.detach()
             _attached.pop(_unwrapped(self._model), None)
         self._model = None
 
@@ -313,6 +321,22 @@ class AttachedOptimizer(Optimizer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they have been named before
             self._track()
+
+
+def _few_rows(tracked: Mapping[str, TrackedBlock]) -> dict[str, tuple[nn.Module, int]]:
+    """Layers whose gradients are worth keeping as products, with the number of rows up to which they are."""
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for name, entry in tracked.items():
+        if (
+            entry.module is None
+            or not isinstance(entry.block, KroneckerBlock)
+            or not isinstance(entry.block.layer, LinearAdapter)
+        ):
+            continue
+        limit = entry.block.rows_that_pay()
+        if limit > 0:
+            found[name] = entry.module, limit
+    return found
 
 
 class _PassGenerators:

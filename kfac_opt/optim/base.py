@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler
 
 from kfac_opt.curvature.collector import full_precision
+from kfac_opt.curvature.gradient_rows import match_rows
+from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.curvature.passes import Pending
 from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.layers import MatrixLayout
@@ -53,6 +55,7 @@ class CurvatureOptimizer(SavedOptimizer):
             self._trust_region_scales = {}
             for number, group in enumerate(self.param_groups):
                 self._step_group(number, group)
+        self._forget_rows()
         self._arm()
         return loss
 
@@ -93,7 +96,12 @@ class CurvatureOptimizer(SavedOptimizer):
                     assert parameter.grad is not None
                     parameter.grad.copy_(direction)
                     self._written.append((weakref.ref(parameter.grad), parameter.grad._version))
+        self._forget_rows()
         self._arm()
+
+    def _forget_rows(self) -> None:
+        if self._rows is not None:
+            self._rows.clear()
 
     def _outside_autocast(self) -> AbstractContextManager[object]:
         """A loop may call ``step()`` inside its autocast block, where products of matrices are cast down."""
@@ -235,13 +243,29 @@ class CurvatureOptimizer(SavedOptimizer):
         matrix = layout.to_matrix(filled[0], filled[1] if len(filled) > 1 else None).to(block.dtype)
         state = self.state[tracked.weight]["curvature"]
         if block.ready(state):
-            direction = block.precondition(state, matrix, self._damping(tracked))
+            rows = self._rows_of(tracked, matrix)
+            if rows is not None:
+                assert isinstance(block, KroneckerBlock)
+                direction = block.precondition_rows(state, *rows)
+            else:
+                direction = block.precondition(state, matrix, self._damping(tracked))
         else:
             direction = matrix.clone()  # the plain gradient; the trust region bounds it
         found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), _num_outputs(layout))
         for parameter, gradient, part in zip(tracked.parameters, gradients, layout.from_matrix(direction)):
             if gradient is not None and part is not None:
                 found.add(parameter, part.to(parameter.dtype), found.num_blocks - 1)
+
+    def _rows_of(self, tracked: TrackedBlock, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Inputs and output gradients whose product this gradient is, if they were kept and it is."""
+        block = tracked.block
+        if self._rows is None or not isinstance(block, KroneckerBlock):
+            return None
+        rows = self._rows.take(tracked.name, block.layer, matrix.dtype)
+        scale = match_rows(matrix[0], *rows) if rows is not None else None
+        if rows is None or scale is None:
+            return None
+        return rows[0] if scale == 1.0 else rows[0].mul_(scale), rows[1]
 
     def _step_group(self, number: int, group: dict[str, Any]) -> None:
         """Trust region, momentum, bound, decay and update of one group."""

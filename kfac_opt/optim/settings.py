@@ -32,6 +32,7 @@ class CurvatureOptions:
     loss_reduction: Literal["mean", "sum"] = "mean"
     factor_dtype: torch.dtype = torch.float32
     inverse_dtype: torch.dtype | None = None
+    gradient_rows: bool = False
     foreach: bool | None = None
     process_group: ProcessGroup | None = None
 
@@ -53,6 +54,7 @@ class CurvatureOptions:
                 f"{owner}: inverse_dtype must be None (as the factors), torch.bfloat16, torch.float32 or torch.float64, got "
                 f"{self.inverse_dtype}. Half precision (float16) overflows: inverses are as large as 1 / damping."
             )
+        checks.check_switch(owner, "gradient_rows", self.gradient_rows)
         if self.foreach is not None:
             checks.check_switch(owner, "foreach", self.foreach)
         if self.outputs is not None and not callable(self.outputs):

@@ -146,12 +146,15 @@ def measure(config: PartsConfig, name: str) -> dict[str, float]:
             f"{prefix}everything every step": (estimate + refresh) / sgd,
             f"{prefix}all factors / forward + backward": factors / both,
             f"{prefix}refresh of all inverses / forward + backward": refresh / both,
-            f"{prefix}preconditioning": clock.median(f"{label}: precondition") / sgd,
-            f"{prefix}preconditioning, share of the arithmetic limit": variant.operations()
-            / (_rate(config.device) * clock.median(f"{label}: precondition")),
             f"{prefix}dearest layer's refresh + plain step / plain step": 1 + variant.dearest / step,
             f"{prefix}state / parameters": state_bytes(variant.optimizer) / parameters,
         }
+        if not config.settings[label].get("gradient_rows"):  # those need the rows of a pass: the plain step has them
+            seconds = clock.median(f"{label}: precondition")
+            figures[f"{prefix}preconditioning"] = seconds / sgd
+            figures[f"{prefix}preconditioning, share of the arithmetic limit"] = variant.operations() / (
+                _rate(config.device) * seconds
+            )
     if name in config.measure_memory:
         figures |= _memory(config, name)
     return figures

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kfac_opt.layers import LayerAdapter
 from kfac_opt.products import times_transposed
 
+MIN_MULTIPLICATIONS = 2**26  # of two products of the matrix: below, comparing costs what the rows save
 ROUNDING = 8.0  # multiples of eps by which the gradient may differ from the product of its rows
 
 
@@ -109,11 +110,13 @@ class _Recorder:
 
 
 def rows_that_pay(out_cost: int, in_cost: int, out_dim: int, in_dim: int) -> int:
-    """Most rows for which two products of rows and the outer product cost at most 0.7 of two products of the matrix.
+    """0 for small layers, else most rows for which two products of rows and the outer product cost at most 0.7 of two products of the matrix.
 
     Args:
         out_cost, in_cost: multiplications of one row with the inverse of each side.
     """
+    if out_dim * in_cost + in_dim * out_cost < MIN_MULTIPLICATIONS:
+        return 0
     return int(0.7 * (out_dim * in_cost + in_dim * out_cost) / (out_cost + in_cost + out_dim * in_dim))
 
 

@@ -268,7 +268,7 @@ class KroneckerBlock(CurvatureBlock):
         """The direction ``[1, out, in]`` for the gradient ``Σ_n outputs_n inputs_nᵀ`` of rows ``[R, in]``, ``[R, out]``."""
         left = self.sides["output"].times_inverse(outputs.unsqueeze(0), state["output_inverse"])
         right = self.sides["input"].times_inverse(inputs.unsqueeze(0), state["input_inverse"])
-        return outer(left[0].to(self.dtype), right[0].to(self.dtype)).unsqueeze(0)
+        return outer(left[0], right[0]).to(self.dtype).unsqueeze(0)
 
     def _turn(self, state: State, matrix: Tensor, *, back: bool = False) -> Tensor:
         """Into the eigenbasis in force, ``Q_Gᵀ M Q_A``, or ``back``."""

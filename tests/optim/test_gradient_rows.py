@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
+from kfac_opt.curvature import gradient_rows
 from kfac_opt.curvature.gradient_rows import match_rows
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from tests.support import close
@@ -23,6 +24,11 @@ DOUBLE = torch.float64
 def wide(dtype: torch.dtype = DOUBLE) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 30, bias=False), nn.Tanh(), nn.Linear(30, 20)).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def small_layers_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_rows, "MIN_MULTIPLICATIONS", 0)
 
 
 @pytest.fixture
@@ -186,6 +192,15 @@ def test_only_multiples_of_the_product_match():
     assert match_rows(changed, inputs, outputs) is None
     assert match_rows(torch.zeros(30, 50), inputs, torch.zeros(8, 30)) is None
     assert match_rows(matrix, inputs * float("nan"), outputs) is None
+
+
+def test_layers_too_small_to_gain_are_not_watched(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    model = wide()
+    optimizer = KFAC(model, gradient_rows=True, factor_interval=100, ramp_steps=0)
+    backward(model, torch.randn(6, 40, dtype=DOUBLE), torch.randint(20, (6,)))
+    optimizer.step()
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_number_in_place_of_the_switch_is_refused():

@@ -1,0 +1,51 @@
+"""The script that says what settings cost in convergence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import variants
+
+TINY = """
+name: tiny
+task:
+  data: {name: digits, flatten: true, num_train: 200, num_test: 50}
+  model: {name: mlp, sizes: [64, 12, 12, 10]}
+  steps: 12
+  batch_size: 32
+  eval_interval: 4
+num_seeds: 2
+variants:
+  plain: {}
+  again: {factor_decay: 0.95}
+  blocks: {max_block_dim: 8}
+  ekfac: {optimizer: ekfac, damping_style: split}
+  broken: {lr: 1.0e+30, kl_clip: null, max_relative_update: null}
+"""
+
+
+def test_variants_are_trained_once_and_held_against_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--keep", str(tmp_path / "kept")]
+    results = variants.main(arguments)
+    assert results["plain"]["final_loss"] == results["again"]["final_loss"]  # the default, written out
+    assert results["plain"]["final_loss"] != results["blocks"]["final_loss"]
+    assert results["plain"]["final_loss"] != results["ekfac"]["final_loss"]
+    assert results["plain"]["reach_steps"] == [12, 12]
+    assert [figures["num_diverged"] for figures in results.values()] == [0, 0, 0, 0, 2]
+    assert "2 of 2" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "kept" / "tiny.json").read_text())
+    assert {"versions", "machine", "config", "results"} <= kept.keys()
+    monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("a finished run was run again"))
+    assert json.dumps(variants.main(arguments)) == json.dumps(results)
+
+
+def test_a_config_without_variants_is_refused(tmp_path: Path):
+    (tmp_path / "tiny.yaml").write_text(TINY[: TINY.index("variants")] + "variants: {}\n")
+    with pytest.raises(ValueError, match="variants must not be empty"):
+        variants.main(["--config", str(tmp_path / "tiny.yaml")])

@@ -6,6 +6,7 @@ Plain tensors in, plain tensors out; the results are those of ``@`` up to roundi
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,7 +52,24 @@ def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     plain = plain or not onednn_is_faster()
     if plain or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)):
         return left @ right.mT
+    return _onednn_product(left, right)
+
+
+def product_for(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """What :func:`times_transposed` does for ``[m, k]`` and ``[n, k]``, chosen once for many calls.
+
+    For contiguous arguments (the right one may be the transpose of such a matrix) and outside autograd alone.
+    """
+    pays = dtype == torch.float32 and device.type == "cpu" and m * k * n >= ONEDNN_OPERATIONS and onednn_is_faster()
+    return _onednn_product if pays else _plain_product
+
+
+def _onednn_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _plain_product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right.mT
 
 
 def outer_gram(rows: Tensor) -> Tensor:

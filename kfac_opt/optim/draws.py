@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.output_noise import noisy_outputs
-from kfac_opt.posterior import PosteriorBlock, PosteriorDamping, add_noise, correlated_noise
+from kfac_opt.posterior import NoiseSource, PosteriorBlock, PosteriorDamping, load_weights_
 
 WEIGHTS, OUTPUTS, EVALUATION, POSTERIOR = 2, 3, 4, 5  # purpose numbers of derived seeds
 
@@ -44,13 +45,81 @@ class VariationalOptions:
             checks.check_choice(owner, name, getattr(self, name), allowed)
 
 
+@dataclass(frozen=True)
+class Covariances:
+    """Covariances of the training draws, kept over the steps that leave them as they are.
+
+    Attributes:
+        key: what they were made from.
+        blocks: those of all layers.
+        source: draws of the layers with noise in their weights.
+        noisy: module and covariance of the layers that get noise at their outputs instead, by name.
+    """
+
+    key: object
+    blocks: list[PosteriorBlock]
+    source: NoiseSource
+    noisy: dict[str, tuple[nn.Module, PosteriorBlock]]
+
+    @classmethod
+    def of(cls, key: object, blocks: list[PosteriorBlock], noisy_layers: dict[str, nn.Module]) -> Covariances:
+        """Divides ``blocks`` among noise in weights and noise at the outputs of ``noisy_layers``."""
+        by_weight = {block.weight: block for block in blocks}
+        noisy: dict[str, tuple[nn.Module, PosteriorBlock]] = {}
+        for name, module in noisy_layers.items():
+            block = by_weight.pop(f"{name}.weight" if name else "weight", None)
+            if block is not None:
+                noisy[name] = (module, block)
+        return cls(key, blocks, NoiseSource(list(by_weight.values())), noisy)
+
+
+class NoiseAhead:
+    """Noise of the coming draws, made several at a time.
+
+    A draw is a dozen small calls, and their code has left the caches whenever a network has run in between: eight in a
+    row cost two thirds of eight single ones (``benchmarks/kfac_vi_time.py``, LeNet5). Every draw has a generator of its
+    own and is computed as if it were alone, so that nothing depends on how many are made at once: there is nothing to
+    save. Twice as many as the last time while none was made for nothing.
+    """
+
+    MOST, MOST_BYTES = 8, 2**22
+
+    def __init__(self) -> None:
+        self._source: NoiseSource | None = None
+        self._made: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._number = 1
+
+    def noise(
+        self,
+        source: NoiseSource,
+        coming: Iterable[tuple[int, int]],
+        make_generator: Callable[[int, int], torch.Generator],
+    ) -> dict[str, Tensor]:
+        """The noise of the first of ``coming``, the (step, pair) numbers of the draws in the order they will be needed."""
+        coming = iter(coming)
+        first = next(coming)
+        outdated = [key for key in self._made if source is not self._source or key[0] < first[0]]
+        if outdated:
+            self._number = 1
+        for key in outdated:
+            del self._made[key]
+        self._source = source
+        if first not in self._made:
+            room = min(self.MOST, self.MOST_BYTES // max(1, source.num_bytes)) if source.on_host else 1
+            number = max(1, min(self._number, room - len(self._made)))
+            for key in (first, *islice(coming, number - 1)):
+                self._made[key] = source.draw(make_generator(*key))
+            self._number = min(2 * self._number, self.MOST)
+        return self._made.pop(first)
+
+
 class Sampler:
-    """Draws of one ``weight_samples`` loop; covariances are computed once.
+    """Draws of one ``weight_samples`` loop.
 
     Args:
-        means, parameters: the optimized parameters and copies of their means, by name.
-        blocks: covariances; parameters without one stay at their means.
-        noisy_layers: layers that get noise at their outputs in place of their weights.
+        means, parameters: the optimized parameters, which are at their means, and copies of those, by name.
+        noise_of: deviations of a draw by its number, by the name of the parameter; others stay at their means.
+        noisy: layers that get noise at their outputs in place of their weights: module and covariance by name.
         make_generator: private generator for a purpose and its numbers.
         antithetic: draws 2i and 2i + 1 have opposite noise.
     """
@@ -59,36 +128,27 @@ class Sampler:
         self,
         means: dict[str, Tensor],
         parameters: dict[str, Tensor],
-        blocks: list[PosteriorBlock],
-        noisy_layers: dict[str, nn.Module],
+        noise_of: Callable[[int], dict[str, Tensor]],
+        noisy: dict[str, tuple[nn.Module, PosteriorBlock]],
         make_generator: Callable[..., torch.Generator],
         *,
         antithetic: bool,
     ) -> None:
-        self.means, self.parameters, self.make_generator, self.antithetic = (
-            means,
-            parameters,
-            make_generator,
-            antithetic,
-        )
-        by_weight = {block.weight: block for block in blocks}
-        self.noisy: dict[str, tuple[nn.Module, PosteriorBlock]] = {}
-        for name, module in noisy_layers.items():
-            block = by_weight.pop(f"{name}.weight" if name else "weight", None)
-            if block is not None:
-                self.noisy[name] = (module, block)
-        self.blocks = list(by_weight.values())
+        self.means, self.parameters, self.noise_of, self.noisy = means, parameters, noise_of, noisy
+        self.make_generator, self.antithetic = make_generator, antithetic
         self._pair: int | None = None
         self._noise: dict[str, Tensor] = {}
         self._sign = 1.0
 
     def draw_(self, number: int, stack: ExitStack) -> None:
         """Writes draw ``number`` of the step into the weights, and hooks the layers with noise at their outputs."""
-        pair, self._sign = (number // 2, 1.0 - 2.0 * (number % 2)) if self.antithetic else (number, 1.0)
+        pair, self._sign = pair_of(number, antithetic=self.antithetic)
+        if self._pair is not None:
+            load_weights_(list(self.parameters.values()), list(self.means.values()))
         if pair != self._pair:
-            self._noise = correlated_noise(self.blocks, self.make_generator(WEIGHTS, pair))
+            self._noise = self.noise_of(pair)
             self._pair = pair
-        write_draw_(self.parameters, self.means, self._noise, self._sign)
+        add_draw_(self.parameters, self._noise, self._sign)
         if self.noisy:
             generators = [self.make_generator(OUTPUTS, pair, layer) for layer in range(len(self.noisy))]
             stack.enter_context(noisy_outputs(self.noisy, generators, self._sign))
@@ -100,14 +160,14 @@ class Sampler:
             sums[name] = sums[name] + signed if name in sums else signed
 
 
+def pair_of(number: int, *, antithetic: bool) -> tuple[int, float]:
+    """Which noise a draw has, and with which sign."""
+    return (number // 2, 1.0 - 2.0 * (number % 2)) if antithetic else (number, 1.0)
+
+
 @torch.no_grad()
-def write_draw_(parameters: dict[str, Tensor], means: dict[str, Tensor], noise: dict[str, Tensor], sign: float) -> None:
-    """``w ← μ + sign · ε``; parameters without noise get their mean."""
-    for name, parameter in parameters.items():
-        mean, part = means[name], noise.get(name)
-        if part is None:
-            parameter.copy_(mean)
-        elif part.dtype == mean.dtype:
-            torch.add(mean, part, alpha=sign, out=parameter)
-        else:
-            parameter.copy_(add_noise(mean, part if sign > 0 else -part))
+def add_draw_(parameters: dict[str, Tensor], noise: dict[str, Tensor], sign: float) -> None:
+    """``w ← μ + sign · ε`` for parameters that are at their means, in the wider of both dtypes."""
+    names = [name for name in noise if name in parameters]
+    if names:
+        torch._foreach_add_([parameters[name] for name in names], [noise[name] for name in names], alpha=sign)

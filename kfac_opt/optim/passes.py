@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_opt.distributed import sum_over_ranks_
+from kfac_opt.optim.update import gathered
 
 
 class GradientMean:
@@ -90,10 +92,9 @@ def _all_finite(gradients: Sequence[Tensor]) -> bool:
     norms: list[Tensor] = []
     for dtype in {value.dtype for value in values}:
         wide = torch.promote_types(dtype, torch.float32)
-        norms += torch._foreach_norm([value for value in values if value.dtype == dtype], dtype=wide)
-    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
-        norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
-    return bool(torch.isfinite(torch.stack(norms).sum()))
+        same = [value for value in values if value.dtype == dtype]
+        norms += torch._foreach_norm(same) if wide == dtype else torch._foreach_norm(same, dtype=wide)
+    return math.isfinite(sum(gathered(norms).tolist()))
 
 
 @contextmanager

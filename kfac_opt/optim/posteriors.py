@@ -69,7 +69,7 @@ def posterior_blocks(
         state, block = state_of(entry), entry.block
         if state is None or not _has_curvature(block, state, current):
             continue
-        is_product = isinstance(block, KroneckerBlock) and not isinstance(block, EigenbasisBlock)
+        is_product = follows_refreshes(block)
         blocks.append(
             PosteriorBlock(
                 weight=names[id(entry.weight)],
@@ -81,6 +81,11 @@ def posterior_blocks(
             )
         )
     return blocks
+
+
+def follows_refreshes(block: CurvatureBlock) -> bool:
+    """Whether the covariance of the last refresh is that of its bases alone: others move with every estimate."""
+    return isinstance(block, KroneckerBlock) and not isinstance(block, EigenbasisBlock)
 
 
 def safe_floor(block: CurvatureBlock, ess: float, prior_precision: float) -> float:

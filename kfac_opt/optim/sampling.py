@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,26 +13,19 @@ from torch import Tensor, nn
 
 from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.optim import options as checks
-from kfac_opt.optim.base import CurvatureOptimizer
-from kfac_opt.optim.draws import EVALUATION, Sampler, VariationalOptions, write_draw_
-from kfac_opt.optim.options import derive_seed, seeded
-from kfac_opt.optim.output_noise import choose_layers
+from kfac_opt.optim.drawing import DrawingOptimizer
+from kfac_opt.optim.draws import EVALUATION, Sampler, VariationalOptions, add_draw_, pair_of
 from kfac_opt.optim.passes import GradientMean, kept_batch_statistics
-from kfac_opt.optim.posteriors import parameter_names, posterior_blocks, safe_floor
 from kfac_opt.optim.settings import CurvatureOptions
-from kfac_opt.optim.tracking import TrackedBlock
-from kfac_opt.posterior import PosteriorBlock, Width, correlated_noise, restored_weights
+from kfac_opt.posterior import NoiseSource, restored_weights
 
 
 class _Dropped(Exception):
     """Leaves a pass whose gradient is not finite, so that its statistics go with it."""
 
 
-class SamplingOptimizer(CurvatureOptimizer):
+class SamplingOptimizer(DrawingOptimizer):
     """A curvature optimizer whose gradients are taken at draws from the posterior that its curvature defines."""
-
-    needs_basis = True
-    zero_damping = True
 
     def __init__(
         self,
@@ -44,54 +36,31 @@ class SamplingOptimizer(CurvatureOptimizer):
         variational: VariationalOptions,
         generator: torch.Generator | None,
     ) -> None:
-        variational.check(type(self).__name__)
-        self._variational = variational
         self._reset_transient()
-        super().__init__(model, params, defaults, options, generator)
-        if self._noisy_layers() and _is_compiled(model):
-            raise ValueError(
-                f"{type(self).__name__}: output_noise works through hooks, which a compiled model ignores. "
-                "Leave it out, or train the model without torch.compile."
-            )
-
-    def _reset_transient(self) -> None:
-        self._inside: str | None = None
-        self._next_draw = 0  # number of the next training draw of this step
-        self._next_evaluation = 0
-        self._noise_sum: dict[str, Tensor] = {}  # of the completed draws of this step
-        self._noise_count = 0
-        self._noise_mean: dict[int, Tensor] = {}  # of the step being taken, by the id of the parameter
-        self._discard = False
-        self._dropped_samples = 0
-        self._drawn: tuple[object, list[PosteriorBlock]] = ((), [])  # covariances of the training draws, and their key
-
-    # -- construction, copying ----------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A process group can neither be pickled nor copied.
-        kept = {"_variational": replace(self._variational, sample_group=None), "_drawn": ((), [])}
-        return {**super().__getstate__(), **kept}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SamplingOptimizer:
-        copied = super().__deepcopy__(memo)
-        assert isinstance(copied, SamplingOptimizer)
-        copied._variational = self._variational
-        return copied
+        super().__init__(model, params, defaults, options, variational, generator)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_variational", VariationalOptions())
         if "_inside" not in self.__dict__:
             self._reset_transient()
 
     def _install(self, saved: dict[str, Any]) -> None:
         super()._install(saved)
-        self._drawn = ((), [])
+        self._drop_passes()
 
-    def _track(self) -> None:
-        super()._track()
-        self._drawn = ((), [])
-        self._names = parameter_names(self._require_model())
+    def _reset_transient(self) -> None:
+        self._inside: str | None = None
+        self._discard = False
+        self._dropped_samples = 0
+        self._drop_passes()
+
+    def _drop_passes(self) -> None:
+        """Passes since the last step leave no trace."""
+        self._next_draw = 0  # number of the next training draw of this step
+        self._next_evaluation = 0
+        self._noise_sum: dict[str, Tensor] = {}  # of the completed draws of this step
+        self._noise_count = 0
+        self._noise_mean: dict[int, Tensor] = {}  # of the step being taken, by the id of the parameter
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -99,39 +68,6 @@ class SamplingOptimizer(CurvatureOptimizer):
     def dropped_samples(self) -> int:
         """Completed passes that were left out because their loss or gradient was not finite."""
         return self._dropped_samples
-
-    def _width(self, tracked: TrackedBlock) -> Width:
-        group = self.param_groups[tracked.group]
-        checks.check_number(type(self).__name__, "temperature", group["temperature"], low=0.0, open_low=True)
-        ess, prior = float(group["num_data"]) / float(group["temperature"]), float(group["prior_precision"])
-        floor = group["posterior_floor"]
-        return Width(ess, prior, safe_floor(tracked.block, ess, prior) if floor is None else float(floor))
-
-    def _blocks(self, *, current: bool) -> list[PosteriorBlock]:
-        return posterior_blocks(
-            self._names,
-            self._tracked.values(),
-            self._block_state,
-            self._width,
-            damping=self._variational.posterior_damping,
-            current=current,
-        )
-
-    def _drawing_blocks(self) -> list[PosteriorBlock]:
-        """Covariances of the training draws: they change when curvature is refreshed or a width is written, not each step."""
-        key = []
-        for tracked in self._tracked.values():
-            state = self._block_state(tracked)
-            if state is not None:
-                counts = [int(state[name]) for name in ("refreshes", "estimates") if name in state]
-                key.append((tracked.name, *counts, self._width(tracked)))
-        if self._drawn[0] != key:
-            self._drawn = (key, self._blocks(current=False))
-        return self._drawn[1]
-
-    def _noisy_layers(self) -> dict[str, nn.Module]:
-        modules = {name: tracked.module for name, tracked in self._tracked.items()}
-        return choose_layers(self._variational.output_noise, modules)
 
     # -- passes with drawn weights ------------------------------------------------------------------------------
 
@@ -189,13 +125,21 @@ class SamplingOptimizer(CurvatureOptimizer):
         self._inside = "weight_samples()"
         try:
             with restored_weights(gradients.parameters) as means:
+                covariances, antithetic = self._drawing(), self._variational.antithetic
+                pairs = list(dict.fromkeys(pair_of(first + index, antithetic=antithetic)[0] for index in draws))
+
+                def noise_of(pair: int) -> dict[str, Tensor]:
+                    now, later = pairs[pairs.index(pair) :], pairs  # the next steps will probably run the same passes
+                    coming = ((s, p) for n, s in enumerate(self._steps_alike()) for p in (later if n else now))
+                    return self._ahead.noise(covariances.source, coming, self._weight_generator)
+
                 sampler = Sampler(
                     dict(zip(named, means)),
                     named,
-                    self._drawing_blocks(),
-                    self._noisy_layers(),
+                    noise_of,
+                    covariances.noisy,
                     self._generator,
-                    antithetic=self._variational.antithetic,
+                    antithetic=antithetic,
                 )
                 for index in draws:
                     gradients.start_pass()
@@ -241,20 +185,11 @@ class SamplingOptimizer(CurvatureOptimizer):
         named = self._named()
         self._inside = "sampled_params()"
         try:
-            with restored_weights(list(named.values())) as means:
-                write_draw_(named, dict(zip(named, means)), correlated_noise(blocks, generator), 1.0)
+            with restored_weights(list(named.values())):
+                add_draw_(named, NoiseSource(blocks).draw(generator), 1.0)
                 yield
         finally:
             self._inside = None
-
-    def _named(self) -> dict[str, Tensor]:
-        """Optimized parameters by their names in the model, in the order of the groups."""
-        return {self._names[id(p)]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
-
-    def _generator(self, *purpose: int) -> torch.Generator:
-        """Private noise, the same on every rank: from the base seed, the step and the purpose alone."""
-        device = self.param_groups[0]["params"][0].device
-        return seeded(derive_seed(self._base_seed, purpose[0], self._step_count(), *purpose[1:]), device)
 
     def _refuse_inside(self, what: str) -> None:
         if self._inside is not None:
@@ -304,7 +239,3 @@ class SamplingOptimizer(CurvatureOptimizer):
         totals = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum().to(losses.dtype), losses.sum()])
         sum_over_ranks_([totals], self._sample_group())
         return torch.where(totals[1] > 0, totals[0] / totals[1], totals[2])
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "_orig_mod", None), nn.Module) or model._compiled_call_impl is not None

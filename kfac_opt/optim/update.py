@@ -46,7 +46,7 @@ class Directions:
         self.blocks.append(block)
 
 
-def _gathered(scalars: Sequence[Tensor]) -> Tensor:
+def gathered(scalars: Sequence[Tensor]) -> Tensor:
     """0-dim tensors side by side on one device, in single precision or better."""
     kinds = {(scalar.dtype, scalar.device) for scalar in scalars}
     if len(kinds) > 1 or scalars[0].dtype not in (torch.float32, torch.float64):
@@ -71,11 +71,11 @@ def kl_clip_factor(products: Sequence[Tensor], lr: float, kl_clip: float) -> flo
         products: ``<V_l, d_l>`` of each block of a group. Nothing to clip where their sum is not positive.
     """
     if on_host(products):
-        size = lr * lr * sum(_gathered(products).tolist())
+        size = lr * lr * sum(gathered(products).tolist())
         if math.isnan(size):
             return math.nan
         return min(1.0, math.sqrt(kl_clip / size)) if size > 0.0 else 1.0
-    inner = _gathered(products).sum()
+    inner = gathered(products).sum()
     return (kl_clip / (inner * (lr * lr)).clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1.0)
 
 
@@ -140,7 +140,7 @@ def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_rela
         return _bounds_on_host(updates, found, lr, max_relative_update)
     device = updates[0].device
     index = _on_device(tuple(found.blocks), torch.int64, device)
-    squares = _gathered(torch._foreach_norm([*updates, *found.parameters])).square().unflatten(0, (2, len(updates)))
+    squares = gathered(torch._foreach_norm([*updates, *found.parameters])).square().unflatten(0, (2, len(updates)))
     total = squares.new_zeros(2, found.num_blocks).index_add_(1, index, squares).sqrt()
     floor = RELATIVE_FLOOR * _on_device(tuple(found.out_dims), squares.dtype, device).sqrt()
     allowed = max_relative_update * torch.maximum(total[1], floor)
@@ -165,7 +165,7 @@ def _block_norms(tensors: list[Tensor], found: Directions) -> list[float]:
     """Norm of each block's tensors together."""
     squares = [0.0] * found.num_blocks
     whole = [tensor.contiguous() for tensor in tensors]  # the norm of a slice of rows takes seven times as long
-    for block, norm in zip(found.blocks, _gathered(torch._foreach_norm(whole)).tolist()):
+    for block, norm in zip(found.blocks, gathered(torch._foreach_norm(whole)).tolist()):
         squares[block] += norm * norm
     return [math.sqrt(square) for square in squares]
 

@@ -2,16 +2,16 @@
 
 from kfac_opt.posterior.block import PosteriorBlock, PosteriorDamping, Width, uncurved_block
 from kfac_opt.posterior.gaussian import Posterior
-from kfac_opt.posterior.noise import add_noise, correlated_noise
+from kfac_opt.posterior.noise import NoiseSource, add_noise
 from kfac_opt.posterior.weights import load_weights_, parameters_of, restored_weights, unwrapped
 
 __all__ = [
+    "NoiseSource",
     "Posterior",
     "PosteriorBlock",
     "PosteriorDamping",
     "Width",
     "add_noise",
-    "correlated_noise",
     "load_weights_",
     "parameters_of",
     "restored_weights",

@@ -109,15 +109,11 @@ class PosteriorBlock:
 
     @cached_property
     def deviation(self) -> Tensor:
-        """``√V``; computed once, since every draw needs it."""
+        """``√V [groups, out_dim, in_dim]``."""
         return self.spectrum.sqrt()
 
-    def correlate_(self, noise: Tensor) -> Tensor:
-        r""":math:`Q_G (E \circ \sqrt V) Q_A^\top`; standard normal ``E [groups, out_dim, in_dim]`` is used up."""
-        return self.form.rotate_back(noise.mul_(self.deviation))
-
     def whiten(self, deviation: Tensor) -> Tensor:
-        """Inverse of :meth:`correlate_`: a deviation from the mean as independent standard normal numbers."""
+        """A deviation from the mean as the independent standard normal numbers that a draw would make it of."""
         return self.form.rotate(deviation) / self.deviation
 
     def marginal_variance(self) -> Tensor:

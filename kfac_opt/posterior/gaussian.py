@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.posterior.block import PosteriorBlock, Width, uncurved_block
-from kfac_opt.posterior.noise import add_noise, correlated_noise
+from kfac_opt.posterior.noise import NoiseSource, add_noise
 from kfac_opt.posterior.weights import unwrapped
 
 _FORMAT = 1
@@ -151,6 +152,10 @@ class Posterior:
         """Names and shapes of the random parameters."""
         return {name: mean.shape for name, mean in self.mean.items()}
 
+    @cached_property
+    def _noise(self) -> NoiseSource:
+        return NoiseSource(self.blocks)
+
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         r"""One draw of all weights, ``W = μ + Q_G (E ∘ √V) Q_Aᵀ``: names, shapes and dtypes of the means.
@@ -158,7 +163,7 @@ class Posterior:
         Args:
             generator: source of the noise, on any device; None: the posterior's own, which goes on from draw to draw.
         """
-        noise = correlated_noise(self.blocks, self.generator if generator is None else generator)
+        noise = self._noise.draw(self.generator if generator is None else generator)
         return {name: add_noise(mean, noise[name]) for name, mean in self.mean.items()}
 
     def variance(self) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ def test_times_are_ratios(tmp_path: Path):
     arguments = ["--rounds", "3", "--predict_samples", "2", "--predict_batches", "[2]", "--out", str(tmp_path)]
     arguments += ["--model", "{name: mlp, sizes: [6, 5, 10]}", "--input_shape", "[6]", "--batch_size", "8"]
     ratios = json.loads(kfac_vi_time.main(arguments).read_text())["ratios"]
-    assert len(ratios) == 5
+    assert len(ratios) == 6
     assert all(value > 0 for value in ratios.values())
 
 

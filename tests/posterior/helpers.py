@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers.layout import MatrixLayout
-from kfac_opt.posterior import Posterior, PosteriorBlock, Width
+from kfac_opt.posterior import NoiseSource, Posterior, PosteriorBlock, Width
 
 WIDTH = Width(ess=40.0, prior_precision=2.0, floor=0.01)
 
@@ -61,8 +61,12 @@ def flat(values: dict[str, Tensor]) -> Tensor:
 
 def noise_map(block: PosteriorBlock) -> Tensor:
     """``L [D, D]`` of one block with ``vec W = μ + L e``: the columns are the images of the unit vectors, row-major."""
-    eye = torch.eye(block.layout.numel, dtype=torch.float64)
-    return torch.stack([block.correlate_(e.clone().reshape(block.layout.shape)).reshape(-1) for e in eye], dim=1)
+    source, eye = NoiseSource([block]), torch.eye(block.layout.numel, dtype=torch.float64)
+    columns = []
+    for unit in eye:
+        noise = source.correlate_({(torch.float64, unit.device): unit.clone()})
+        columns.append(block.layout.to_matrix(*[noise[name] for name in block.names]).reshape(-1))
+    return torch.stack(columns, dim=1)
 
 
 def dense_covariance(posterior: Posterior) -> Tensor:

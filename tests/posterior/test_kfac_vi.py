@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC, KFACVI, Posterior
+from kfac_opt.optim.draws import WEIGHTS, NoiseAhead
+from kfac_opt.posterior import NoiseSource
 from kfac_opt.prediction import predict
 from tests.support import Twice, assert_same, close, data, gradients, mlp, weights
 
@@ -651,7 +653,7 @@ def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_wi
     train(other, other_model, 14, seed=70)
     reused = 0
     for step in range(14):
-        before = optimizer._drawn[1]
+        before = optimizer._covariances
         if step == 6:
             optimizer.param_groups[0]["temperature"] = 0.5
         if step == 12:
@@ -659,15 +661,104 @@ def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_wi
             for group in saved["param_groups"]:
                 group["temperature"] = 0.5
             optimizer.load_state_dict(saved)
-        kept, fresh = optimizer._drawing_blocks(), optimizer._blocks(current=False)
-        reused += bool(kept) and kept is before
-        assert [block.weight for block in kept] == [block.weight for block in fresh]
-        for one, two in zip(kept, fresh, strict=True):
+        kept, fresh = optimizer._drawing(), optimizer._blocks(current=False)
+        reused += bool(kept.blocks) and kept is before
+        assert [block.weight for block in kept.blocks] == [block.weight for block in fresh]
+        for one, two in zip(kept.blocks, fresh, strict=True):
             assert torch.equal(one.deviation, two.deviation), (step, one.weight)
-            noise = torch.ones(one.layout.shape, dtype=torch.float64)
-            assert torch.equal(one.correlate_(noise.clone()), two.correlate_(noise.clone()))
+        seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+        assert_same(kept.source.draw(seeds[0]), NoiseSource(fresh).draw(seeds[1]))
         train(optimizer, model, 1, seed=step)
     assert reused >= 2, "nothing was kept"
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_draws_that_were_made_ahead_are_those_of_their_step(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Across refreshes, another temperature, other numbers of passes, two loops in a step, and a saved state."""
+    monkeypatch.setattr(NoiseAhead, "MOST", at_once)
+    made: list[bool] = []
+    draw = NoiseSource.draw
+
+    def counted(source: NoiseSource, generator: torch.Generator) -> dict[str, Tensor]:
+        made.append(source.num_bytes > 0)
+        return draw(source, generator)
+
+    monkeypatch.setattr(NoiseSource, "draw", counted)
+    settings: dict[str, Any] = {"factor_interval": 4, "inverse_interval": 12, "ramp_steps": 1, "antithetic": False}
+    model, other = mlp(), mlp()
+    optimizer, resumed = vi(model, **settings), vi(other, **settings)
+    needed, saved = 0, False
+    for step in range(34):
+        if step == 20:
+            optimizer.param_groups[0]["temperature"] = 0.5
+        if not saved and step > 20 and (optimizer._ahead._made or at_once == 1):  # amid draws that are waiting
+            other.load_state_dict(model.state_dict())
+            resumed.load_state_dict(optimizer.state_dict())
+            saved = True
+        loops = [3] if step == 30 else [1, 2] if step == 31 else [1]
+        means, pairs = weights(model), 0
+        for samples in loops:
+            first = pairs + pairs % 2
+            for index in optimizer.weight_samples(samples):
+                blocks = optimizer._blocks(current=False)
+                generator = optimizer._generator(WEIGHTS, first + index)
+                noise = draw(NoiseSource(blocks), generator) if blocks else {}
+                needed += bool(blocks)
+                expected = {name: mean + noise[name] if name in noise else mean for name, mean in means.items()}
+                assert_same(weights(model), expected)
+                backward(model, *data(seed=step))
+            pairs = first + samples
+        optimizer.step()
+        if saved:
+            for samples in loops:
+                for _ in resumed.weight_samples(samples):
+                    backward(other, *data(seed=step))
+            resumed.step()
+            assert_same(weights(other), weights(model))
+        optimizer.zero_grad()
+        resumed.zero_grad()
+        if step == 19:
+            assert sum(made) == needed + len(optimizer._ahead._made), "some were made for nothing"
+    assert saved, "nothing was made ahead"
+
+
+def test_loading_forgets_the_draws_of_passes_without_a_step():
+    model, fresh_model = mlp(), mlp()
+    optimizer = vi(model, prior_gradient="sample")
+    train(optimizer, model, 2)
+    saved, means = copy.deepcopy(optimizer.state_dict()), weights(model)
+    for _ in optimizer.weight_samples(3):
+        backward(model, *data(seed=9))
+    with optimizer.sampled_params():
+        pass
+    optimizer.load_state_dict(saved)
+    fresh = vi(fresh_model, prior_gradient="sample")
+    fresh_model.load_state_dict(means)
+    fresh.load_state_dict(saved)
+    with optimizer.sampled_params():
+        evaluated = weights(model)
+    with fresh.sampled_params():
+        assert_same(weights(fresh_model), evaluated)
+    train(optimizer, model, 2, seed=11)
+    train(fresh, fresh_model, 2, seed=11)
+    assert_same(weights(model), weights(fresh_model))
+
+
+def test_draws_are_as_exact_inside_autocast():
+    models = mlp(torch.float32), mlp(torch.float32)
+    found = []
+    for model, enabled in zip(models, (False, True)):
+        optimizer = vi(model, factor_dtype=torch.float32)
+        x, y = data(seed=3)
+        backward(model, x.float(), y)
+        optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            drawn = [weights(model) for _ in optimizer.weight_samples(2)]
+            with optimizer.sampled_params():
+                drawn.append(weights(model))
+            drawn.append(optimizer.posterior().sample())
+        found.append(drawn)
+    assert_same(found[1], found[0])
 
 
 def test_a_copied_pair_goes_on_alike_and_pickles_without_its_model():

@@ -5,12 +5,14 @@ Everything here takes tensors and returns tensors; batches of matrices are leadi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kfac_opt.products import cholesky_inverse_, onednn_is_faster
+from kfac_opt.products import onednn_is_faster
+from kfac_opt.triangular import invert_lower_, mirror_lower_
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -66,12 +68,42 @@ def damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
     return inverse
 
 
+def damped_inverse_(matrix: Tensor, fill_: Callable[[Tensor], None], damping: Tensor) -> None:
+    """:func:`damped_inverse` of one large ``[n, n]`` matrix within its own memory, the lower triangle alone.
+
+    Args:
+        matrix: takes the inverse; only its lower triangle is read and written, by blocks.
+        fill_: writes the factor into it: once for each rung of the ladder.
+        damping: 0-dim, positive.
+
+    Raises:
+        FactorizationError: as :func:`damped_inverse`.
+    """
+    fill_(matrix)
+    diagonal = matrix.diagonal()
+    if matrix.dtype != torch.float64:
+        damping = torch.maximum(damping, FP32_DAMPING_FLOOR * diagonal.mean())
+    for multiple in (1.0, 10.0, 100.0):
+        if multiple > 1.0:
+            fill_(matrix)
+        diagonal.add_(multiple * damping)
+        if not bool(invert_lower_(matrix)):
+            return
+    fill_(matrix)
+    matrix.copy_(_eigen_inverse(matrix, damping))
+
+
+def inverts_in_place(factor: Tensor) -> bool:
+    """Whether :func:`damped_inverse_` is the way for large matrices like this one."""
+    return factor.device.type == "cpu" and onednn_is_faster()
+
+
 def _cholesky_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     if factor.shape[-1] >= RECURSIVE_DIM and factor.device.type == "cpu" and onednn_is_faster():
-        results = [cholesky_inverse_(matrix) for matrix in damped]
-        return stacked([inverse for inverse, _ in results]), torch.stack([failed for _, failed in results])
+        failed = torch.stack([invert_lower_(matrix) for matrix in damped])
+        return stacked([mirror_lower_(matrix) for matrix in damped]), failed
     triangle, info = torch.linalg.cholesky_ex(damped)
     failed = (info != 0) | ~torch.isfinite(triangle.diagonal(dim1=-2, dim2=-1).sum(-1))
     if triangle.shape[0] == 1 or triangle.device.type == "cpu":

@@ -51,6 +51,21 @@ def pack_panels_(packed: Tensor, matrix: Tensor, number: int = NUM_PANELS) -> No
             diagonal.copy_(whole[start:end, start:end])
 
 
+def pack_lower_(packed: Tensor, matrix: Tensor, number: int = NUM_PANELS) -> None:
+    """:func:`pack_panels_` of one ``[n, n]`` matrix of which only the lower triangle holds anything."""
+    for start, end, left, diagonal in panels(packed, matrix.shape[-1], number):
+        left.copy_(matrix[start:end, :start])
+        lower = matrix[start:end, start:end].tril()
+        diagonal.copy_(lower.add_(lower.tril(-1).mT))
+
+
+def unpack_lower_(matrix: Tensor, packed: Tensor, number: int, divisor: float) -> None:
+    """Writes the panels over ``divisor`` into ``matrix [n, n]``: lower triangle and diagonal blocks."""
+    for start, end, left, diagonal in panels(packed, matrix.shape[-1], number):
+        torch.div(left, divisor, out=matrix[start:end, :start])
+        torch.div(diagonal, divisor, out=matrix[start:end, start:end])
+
+
 def panel_diagonal(packed: Tensor, n: int) -> Tensor:
     """Diagonal ``[groups, n]`` of what is kept in ``FACTOR_PANELS`` panels."""
     parts = [[diagonal.diagonal() for *_, diagonal in panels(one, n, FACTOR_PANELS)] for one in packed]

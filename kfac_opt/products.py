@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 ONEDNN_OPERATIONS = 2**21  # below, a call costs more than it gains: 84 × 121 × 121 66 µs instead of 41, 10 × 513 × 513 even
-SPLIT_DIM = 512  # products with a triangular result or argument are split from this size on
-BLOCK_DIM = 256  # Cholesky blocks handled by LAPACK
+SPLIT_DIM = 512  # products with a triangular result are split from this size on
+BLOCK_DIM = 256  # rows of them taken at a time
 
 
 @lru_cache(maxsize=1)
@@ -82,79 +82,4 @@ def outer_gram(rows: Tensor) -> Tensor:
         end = min(start + BLOCK_DIM, n)
         result[start:end, :end] = times_transposed(rows[start:end], rows[:end])
         result[:start, start:end] = result[start:end, :start].mT
-    return result
-
-
-def times_lower(left: Tensor, lower: Tensor) -> Tensor:
-    """``left @ lowerᵀ`` for a lower triangular ``[k, k]``: the zeros of large ones are left out."""
-    k = lower.shape[0]
-    if k < SPLIT_DIM:
-        return times_transposed(left, lower)
-    half = k // 2
-    result = left.new_empty(left.shape[0], k)
-    result[:, :half] = times_lower(left[:, :half].contiguous(), lower[:half, :half].contiguous())
-    result[:, half:] = times_transposed(left, lower[half:].contiguous())
-    return result
-
-
-def upper_times(upper: Tensor, right: Tensor) -> Tensor:
-    """``upper @ rightᵀ`` for an upper triangular ``[k, k]`` and ``right [n, k]``."""
-    k = upper.shape[0]
-    if k < SPLIT_DIM:
-        return times_transposed(upper, right)
-    half = k // 2
-    result = right.new_empty(k, right.shape[0])
-    result[:half] = times_transposed(upper[:half].contiguous(), right)
-    result[half:] = upper_times(upper[half:, half:].contiguous(), right[:, half:].contiguous())
-    return result
-
-
-def cholesky_inverse_(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of one symmetric positive definite ``[n, n]`` matrix, and a 0-dim bool: whether it failed.
-
-    Cholesky, inverse of the triangle and their product by recursive halving, so that nearly all operations are
-    products of large matrices; LAPACK's own are limited by its library's vectors. Overwrites ``matrix``.
-    """
-    failed = torch.zeros((), dtype=torch.bool, device=matrix.device)
-    upper, failed = _inverse_root_(matrix, failed)
-    inverse = _upper_gram(upper)
-    return inverse, failed | ~torch.isfinite(inverse.diagonal().sum())
-
-
-def _inverse_root_(matrix: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper triangular ``U`` with ``U Uᵀ = matrix⁻¹`` (``U = L⁻ᵀ``); reads the lower triangle of blocks."""
-    n = matrix.shape[0]
-    if n <= BLOCK_DIM:
-        triangle, info = torch.linalg.cholesky_ex(matrix)
-        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(triangle.mT, identity, upper=True).contiguous(), failed | (info != 0)
-    half = _middle(n)
-    first, failed = _inverse_root_(matrix[:half, :half].contiguous(), failed)
-    below = times_lower(matrix[half:, :half].contiguous(), first.mT.contiguous())  # L21
-    second, failed = _inverse_root_(matrix[half:, half:].sub_(outer_gram(below)).contiguous(), failed)
-    corner = upper_times(first, below)
-    root = matrix.zero_()
-    root[:half, :half] = first
-    root[half:, half:] = second
-    root[:half, half:] = times_lower(corner, second.mT.contiguous()).neg_()
-    return root, failed
-
-
-def _middle(n: int) -> int:
-    """Where to cut: about the middle, at a multiple of 64 for large matrices."""
-    return (n // 2 + 63) // 64 * 64 if n > 128 else n // 2
-
-
-def _upper_gram(upper: Tensor) -> Tensor:
-    """``U Uᵀ`` for an upper triangular ``U``."""
-    n = upper.shape[0]
-    if n <= 2 * BLOCK_DIM:
-        return times_transposed(upper, upper)
-    half = _middle(n)
-    corner, second = upper[:half, half:].contiguous(), upper[half:, half:].contiguous()
-    result = upper.new_empty(n, n)
-    result[:half, :half] = _upper_gram(upper[:half, :half].contiguous()).add_(outer_gram(corner))
-    result[half:, half:] = _upper_gram(second)
-    result[:half, half:] = upper_times(second, corner).mT
-    result[half:, :half] = result[:half, half:].mT
     return result

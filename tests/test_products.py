@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfac_opt import linalg, panels, products
+from kfac_opt import panels, products
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 
@@ -19,13 +19,10 @@ def split(request, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 7, 12, 33])
-def test_structured_products_equal_plain_ones(n, split):
+def test_one_triangle_of_a_gram_matrix_is_enough(n, split):
     torch.manual_seed(0)
-    rows, square = torch.randn(n, 9, dtype=DOUBLE), torch.randn(n, n, dtype=DOUBLE)
-    left = torch.randn(4, n, dtype=DOUBLE)
+    rows = torch.randn(n, 9, dtype=DOUBLE)
     torch.testing.assert_close(products.outer_gram(rows), rows @ rows.T, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(products.times_lower(left, square.tril()), left @ square.tril().T, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(products.upper_times(square.triu(), left), square.triu() @ left.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(200, 70, 90), (3, 4, 5), (65, 1000, 65)], ids=str)
@@ -51,39 +48,6 @@ def test_products_keep_the_graph_when_a_gradient_is_wanted():
     torch.testing.assert_close(left.grad, right.sum(0).expand(80, 80))
 
 
-@pytest.mark.parametrize("n", [3, 64, 130, 257])
-def test_recursive_inverse_equals_the_inverse(n, split):
-    torch.manual_seed(0)
-    rows = torch.randn(2 * n, n, dtype=DOUBLE)
-    matrix = rows.T @ rows / n + 0.1 * torch.eye(n, dtype=DOUBLE)
-    inverse, failed = products.cholesky_inverse_(matrix.clone())
-    assert not failed
-    torch.testing.assert_close(inverse, torch.linalg.inv(matrix), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(inverse, inverse.T, rtol=1e-13, atol=1e-13)
-
-
-def test_recursive_inverse_reports_indefinite_matrices(split):
-    matrix = torch.eye(130, dtype=DOUBLE)
-    matrix[129, 129] = -1.0
-    assert products.cholesky_inverse_(matrix)[1]
-
-
-def test_the_ladder_takes_the_recursive_inverse_and_mends_what_fails(monkeypatch):
-    monkeypatch.setattr(linalg, "RECURSIVE_DIM", 1)
-    monkeypatch.setattr(linalg, "onednn_is_faster", lambda: True)
-    torch.manual_seed(0)
-    rows = torch.randn(2, 40, 20, dtype=DOUBLE)
-    factor = rows.mT @ rows
-    factor[1] -= 2.0 * torch.linalg.eigvalsh(factor[1])[0] * torch.eye(20, dtype=DOUBLE)  # indefinite at damping 1e-3
-    damping = torch.full((2,), 1e-3, dtype=DOUBLE)
-    found = linalg.damped_inverse(factor, damping)
-    eye = torch.eye(20, dtype=DOUBLE)
-    torch.testing.assert_close(found[0], torch.linalg.inv(factor[0] + 1e-3 * eye), rtol=1e-8, atol=1e-10)
-    values, vectors = torch.linalg.eigh(factor[1])
-    mended = (vectors / (values.clamp_min(0) + 1e-3)) @ vectors.T
-    torch.testing.assert_close(found[1], mended, rtol=1e-8, atol=1e-8)
-
-
 @pytest.mark.parametrize("n", [1, 8, 9, 61])
 def test_panels_multiply_like_the_matrix_they_hold(n):
     torch.manual_seed(0)
@@ -96,6 +60,19 @@ def test_panels_multiply_like_the_matrix_they_hold(n):
     torch.testing.assert_close(panels.times_panels(rows, packed[1]), rows @ matrix[1], rtol=1e-12, atol=1e-12)
     transposed = torch.randn(n, 5, dtype=DOUBLE).T
     torch.testing.assert_close(panels.times_panels(transposed, packed[0]), transposed @ matrix[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_lower_triangle_goes_in_and_out_of_panels():
+    torch.manual_seed(0)
+    n = 61
+    matrix = torch.randn(1, n, n, dtype=DOUBLE)
+    matrix = matrix + matrix.mT
+    packed = torch.zeros(1, panels.panel_size(n), dtype=DOUBLE)
+    panels.pack_lower_(packed[0], matrix[0].tril())
+    assert torch.equal(panels.unpack_panels(packed, n), matrix)
+    target = torch.zeros(n, n, dtype=DOUBLE)
+    panels.unpack_lower_(target, packed[0], panels.NUM_PANELS, 4.0)
+    assert torch.equal(target.tril(), matrix[0].tril() / 4.0)
 
 
 def test_panels_keep_little_more_than_half():

@@ -173,9 +173,8 @@ class KroneckerBlock(CurvatureBlock):
         gamma = damping.of(state)
 
         def work() -> Refreshed:
-            factors = {side: self._factor_blocks(given, side) for side in SIDES}
-            new = self._bases(factors) if self.keeps_basis and moved else {}
-            return new if self.in_basis else {**new, **self._inverses(factors, gamma)}
+            new = self._bases(given) if self.keeps_basis and moved else {}
+            return new if self.in_basis else {**new, **self._inverses(given, gamma, None if detached else state)}
 
         return work
 
@@ -199,6 +198,8 @@ class KroneckerBlock(CurvatureBlock):
     def _install(self, state: State, new: Refreshed) -> None:
         for name, found in new.items():
             side, _, kind = name.partition("_")
+            if not found:
+                continue  # written already
             if kind == "inverse":
                 self.sides[side].put_inverses_(state[name], found)
             else:
@@ -209,29 +210,31 @@ class KroneckerBlock(CurvatureBlock):
         pi = pi_correction(means["input"], means["output"])
         return {"input": pi * gamma.sqrt(), "output": gamma.sqrt() / pi}
 
-    def _inverses(self, factors: dict[str, list[Tensor]], gamma: Tensor) -> Refreshed:
-        means = {name: side.mean(factors[name]) for name, side in self.sides.items()}
+    def _inverses(self, given: State, gamma: Tensor, into: State | None) -> Refreshed:
+        """Of both sides; the larger one comes last and may go straight into the state ``into``."""
+        weight = float(given["weight"])
+        means = {name: side.diagonal(given[f"{name}_factor"]).mean(-1) / weight for name, side in self.sides.items()}
         splits = self._splits(means, gamma)
-        inverses: Refreshed = {}
         # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
         # factor must not shrink it (a saturated softmax has G = 0 and a gradient).
         curved = (means["input"] > 0) & (means["output"] > 0)
-        all_curved = bool(curved.all())
-        for name, side in self.sides.items():
-            blocks = factors.pop(name)  # gone before the next side's work space is needed
-            if not all_curved:
-                blocks = [torch.where(curved.reshape(-1, *[1] * (block.dim() - 1)), block, 0.0) for block in blocks]
-            inverses[f"{name}_inverse"] = side.inverses(blocks, splits[name])
+        weights = torch.full_like(gamma, weight).where(curved, torch.inf)
+        inverses: Refreshed = {}
+        for name in sorted(SIDES, key=lambda name: self.sides[name].cost()):
+            key, side = f"{name}_inverse", self.sides[name]
+            target = None if into is None or name != max(SIDES, key=lambda n: self.sides[n].cost()) else into[key]
+            inverses[key] = side.inverses(given[f"{name}_factor"], weights, splits[name], self.inverse_dtype, target)
         return inverses
 
-    def _bases(self, factors: dict[str, list[Tensor]]) -> Refreshed:
+    def _bases(self, given: State) -> Refreshed:
         new: Refreshed = {}
         for name, side in self.sides.items():
+            blocks = self._factor_blocks(given, name)
             if side.dense:
-                values, vectors = side.eigen(factors[name])
+                values, vectors = side.eigen(blocks)
                 new[f"{name}_values"], new[f"{name}_basis"] = [values], [vectors]
             else:
-                new[f"{name}_values"] = factors[name]
+                new[f"{name}_values"] = blocks
         return new
 
     def refreshed_tensors(self, state: State) -> list[Tensor]:
@@ -290,7 +293,7 @@ class KroneckerBlock(CurvatureBlock):
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         if current:
-            found = self._bases({side: self._factor_blocks(state, side) for side in SIDES})
+            found = self._bases(state)
             parts = {name: tensors[0] for name, tensors in found.items()}
         else:
             parts = state

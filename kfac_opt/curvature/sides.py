@@ -6,26 +6,38 @@ A side is dense, a row of dense diagonal blocks (``max_block_dim``), or a diagon
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kfac_opt.layers.adapter import MomentRows
-from kfac_opt.linalg import damped_inverse, eigenbasis, mean_diagonal, pack_triangle, stacked, triangle_size, unpack_triangle
+from kfac_opt.linalg import (
+    damped_inverse,
+    damped_inverse_,
+    eigenbasis,
+    inverts_in_place,
+    pack_triangle,
+    stacked,
+    triangle_size,
+    unpack_triangle,
+)
 from kfac_opt.panels import (
     FACTOR_PANELS,
     PANEL_DIM,
+    pack_lower_,
     pack_panels_,
     panel_diagonal,
     panel_ranges,
     panel_size,
     panels,
     times_panels,
+    unpack_lower_,
     unpack_panels,
 )
 from kfac_opt.products import times_transposed
+from kfac_opt.workspace import square_buffer
 
 PANELS_AT_ONCE = 4  # written together: 576 of 4608 rows, 10 MB
 
@@ -127,10 +139,7 @@ class Side:
     def unpacked(self, factor: Tensor) -> list[Tensor]:
         """The diagonal blocks ``[groups, n, n]``, new tensors."""
         parts = factor.split(list(map(_factor_size, self.sizes)), dim=-1)
-        return [
-            unpack_panels(part, n, FACTOR_PANELS) if self.in_panels(n) else unpack_triangle(part, n)
-            for part, n in zip(parts, self.sizes)
-        ]
+        return [_unpacked(part, n) for part, n in zip(parts, self.sizes)]
 
     def whole(self, blocks: list[Tensor]) -> Tensor:
         """``[groups, dim, dim]`` with these blocks on its diagonal."""
@@ -152,21 +161,41 @@ class Side:
         ]
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
-    def mean(self, blocks: list[Tensor]) -> Tensor:
-        """Mean eigenvalue of the factor, ``[groups]``; of a diagonal side from its one vector."""
-        if not self.dense:
-            return blocks[0].mean(-1)
-        if not self.blocked:
-            return mean_diagonal(blocks[0])
-        return torch.stack([block.diagonal(dim1=-2, dim2=-1).sum(-1) for block in blocks]).sum(0) / self.dim
-
     # -- refresh ------------------------------------------------------------------------------------------------
 
-    def inverses(self, blocks: list[Tensor], damping: Tensor) -> list[Tensor]:
-        """``(X + γ)⁻¹`` of each block, ``damping [groups]``."""
+    def inverses(
+        self, factor: Tensor, weight: Tensor, damping: Tensor, dtype: torch.dtype, into: Tensor | None = None
+    ) -> list[Tensor]:
+        """``(X / w + γ)⁻¹`` of each block.
+
+        Args:
+            factor: ``factor_shape``.
+            weight, damping: ``[groups]``; a weight of infinity takes the factor for zero.
+            dtype: of results in panels.
+            into: ``inverse_shape``; a side that is one matrix in panels is written there, once nothing can fail any more.
+
+        Returns:
+            Blocks ``[groups, n, n]``, those in panels as ``[groups, panel_size(n)]``, a diagonal as ``[groups, dim]``;
+            nothing where it went into ``into``.
+        """
         if not self.dense:
-            return [1.0 / (blocks[0] + damping.unsqueeze(-1))]
-        return [damped_inverse(block, damping) for block in blocks]
+            return [1.0 / (factor / weight.unsqueeze(-1) + damping.unsqueeze(-1))]
+        found = []
+        for part, n in zip(factor.split(list(map(_factor_size, self.sizes)), dim=-1), self.sizes):
+            if not (self.in_panels(n) and inverts_in_place(factor)):
+                found.append(damped_inverse(_unpacked(part, n).div_(weight.reshape(-1, 1, 1)), damping))
+                continue
+            at_once = into is not None and not self.blocked and self.groups == 1
+            target = into if at_once else part.new_empty(self.groups, panel_size(n), dtype=dtype)
+            assert target is not None
+            matrix = square_buffer(n, part.dtype)
+            for group, one in enumerate(part):
+                fill_ = partial(unpack_lower_, packed=one, number=FACTOR_PANELS, divisor=float(weight[group]))
+                damped_inverse_(matrix, fill_, damping[group])
+                pack_lower_(target[group], matrix)
+            if not at_once:
+                found.append(target)
+        return found
 
     def put_inverses_(self, inverse: Tensor, found: list[Tensor]) -> None:
         """Writes what :meth:`inverses` found into ``inverse_shape``, cast to its dtype."""
@@ -175,7 +204,7 @@ class Side:
         else:
             parts = list(inverse.split(list(map(_inverse_size, self.sizes)), dim=-1))
         for part, block in zip(parts, found):
-            if self.dense and self.in_panels(block.shape[-1]):
+            if self.dense and block.dim() == 3 and self.in_panels(block.shape[-1]):
                 pack_panels_(part, block)
             else:
                 part.copy_(block.reshape(part.shape))
@@ -248,6 +277,10 @@ def block_ranges(dim: int, limit: int | None, unit: int = 1) -> list[tuple[int, 
     number = -(-units // max(1, limit // unit))
     cuts = [unit * (units * index // number) for index in range(number)] + [dim]
     return list(pairwise(cuts))
+
+
+def _unpacked(part: Tensor, n: int) -> Tensor:
+    return unpack_panels(part, n, FACTOR_PANELS) if Side.in_panels(n) else unpack_triangle(part, n)
 
 
 def _factor_size(n: int) -> int:

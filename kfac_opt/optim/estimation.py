@@ -19,6 +19,7 @@ from kfac_opt.optim.background import Background
 from kfac_opt.optim.schedule import factors_due, refresh_due, refresh_phases, refresh_round
 from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.products import keep_freed_memory
+from kfac_opt.workspace import shared_workspace
 
 HAND_OVER = 0.1  # of a refresh round: when a refresh in the background comes into force
 
@@ -149,13 +150,14 @@ class Estimation:
         owners = assign_owners([self.tracked[name].block.refresh_cost() for name in chosen], ranks)
         me = rank(group)
         error: FactorizationError | None = None
-        for name, owner in zip(chosen, owners):
-            if owner != me:
-                continue
-            try:
-                self.tracked[name].block.refresh(states[name], damping(self.tracked[name]))
-            except FactorizationError as reason:
-                error = _named(name, reason)
+        with shared_workspace():
+            for name, owner in zip(chosen, owners):
+                if owner != me:
+                    continue
+                try:
+                    self.tracked[name].block.refresh(states[name], damping(self.tracked[name]))
+                except FactorizationError as reason:
+                    error = _named(name, reason)
         if group is not None and chosen:
             self._share(states, chosen, owners, group)
         if error is not None:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from kfac_opt.curvature.block import Damping, State
 from kfac_opt.curvature.collector import Collector
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
+from kfac_opt.curvature.empirical import make_collector
 from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.likelihoods import Gaussian, Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.optim.estimation import Estimation
@@ -84,7 +85,7 @@ def fit_laplace(
     check_number("fit_laplace", "temperature", temperature, low=0.0, open_low=True)
     base_seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
     ranks = active_group(process_group)
-    collector = Collector(
+    collector = make_collector(
         unwrapped(model),
         make_likelihood(likelihood),
         fisher,

@@ -6,22 +6,22 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.hooks import WeakHook, without_hooks
-from kfac_opt.curvature.passes import Arrival, LogitsArrival, Pass, Pending, on_gradient
+from kfac_opt.curvature.passes import Pass, Pending
+from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.proof import verdicts
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.curvature.watch import LossWatch
-from kfac_opt.distributed import num_ranks
 from kfac_opt.layers import has_own_forward
 from kfac_opt.likelihoods import Likelihood, output_gradients
 from kfac_opt.outputs import pick_logits
@@ -44,6 +44,9 @@ class Tracked(Protocol):
 
 class Collector:
     """Attaches to the modules for the passes that are due and detaches again.
+
+    For the true Fisher, whose output gradients come from the likelihood; the empirical one waits for the user's backward
+    (``empirical``).
 
     Args:
         root: the module whose forward is one pass.
@@ -158,9 +161,7 @@ class Collector:
         # An edge, not the tensor: after ReLU(inplace=True) the tensor gives the gradient behind the ReLU.
         edge = get_gradient_edge(out)
         current.edges.setdefault(name, []).append(edge)
-        if self.fisher == "empirical":
-            current.gradients.setdefault(name, []).append(None)
-            on_gradient(edge, Arrival(current, name, len(current.gradients[name]) - 1))
+        self._on_call(current, name, edge)
         if self.outputs is None and name not in self._unproven:
             # No mask can come with the outputs: take the moment now, so that checkpointing can free the input.
             self._take_input(current, name, call)
@@ -213,13 +214,7 @@ class Collector:
                     call.keep = self._rows_kept(mask, call.positions)
                     self._take_input(current, name, call)
         self._watch.attach(logits)
-        if self.fisher == "empirical":
-            current.logits = logits.detach()
-            current.edges = {}  # they would keep the graph of a pass without a backward
-            on_gradient(get_gradient_edge(logits), LogitsArrival(current))
-            self.pending.open.append(current)
-        else:
-            self._backward(current, logits, mask)
+        self._collect(current, logits, mask)
 
     def _prove(self, current: Pass, logits: Tensor) -> None:
         """Holds layers with a forward of their own against their adapters; what is none of their maps leaves the pass."""
@@ -246,7 +241,10 @@ class Collector:
                     self._take_input(current, name, call)
         self._unproven -= self.proven | self.foreign
 
-    def _backward(self, current: Pass, logits: Tensor, mask: Tensor | None) -> None:
+    def _on_call(self, current: Pass, name: str, edge: GradientEdge) -> None:
+        """A layer was called; its output is at ``edge``."""
+
+    def _collect(self, current: Pass, logits: Tensor, mask: Tensor | None) -> None:
         """Output gradients of the likelihood, back to the layers' outputs only, into sums."""
         generator = self.make_generator(self._pass_index, logits.device)
         self._pass_index += 1
@@ -315,72 +313,24 @@ class Collector:
             if any(key != "input" for key in statistics.sums) or statistics.examples:
                 self.pending.statistics.setdefault(name, Statistics()).merge(statistics)
 
-    # -- the empirical Fisher -----------------------------------------------------------------------------------
+    # -- handing over -------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Turns passes whose backward arrived into sums."""
-        waiting: list[Pass] = []
-        for current in self.pending.open:
-            if current.logits_gradient is None:
-                waiting.append(current)
-                continue
-            assert current.logits is not None
-            with torch.no_grad(), full_precision(current.logits.device):
-                for name, gradients in current.gradients.items():
-                    if name in self._due:
-                        self._add_output(current, name, gradients)
-                if self._finite(current):
-                    current.scale = self.likelihood.gradient_scale(current.logits, current.logits_gradient)
-                    self.pending.settled.append(current)
-            current.logits = current.logits_gradient = None
-            current.gradients, current.calls = {}, {}
-        self.pending.open = waiting
+        """Turns passes into sums that had to wait for their backward."""
 
-    def _scale_settled(self, pending: Pending) -> None:
-        """``g = N_step · s · ∂/∂output``: undoes the reduction of the loss, and its scale where that can be read off."""
-        terms = sum(current.num_terms for current in pending.settled)
-        pending.num_terms += terms  # passes that were steps of their own are in it already
-        for current in pending.settled:
-            reduced = float(terms) if self.loss_reduction == "mean" else 1.0
-            scale = reduced if current.scale is None else 1.0 / current.scale
-            for name, statistics in current.statistics.items():
-                if name in self._due:
-                    self._due[name].block.scale_outputs(statistics, scale)
-            self._keep(current)
-        if pending.settled:
-            self._add_parameter_gradients(pending, terms)
-        pending.settled = []
-
-    def _add_parameter_gradients(self, pending: Pending, terms: int) -> None:
-        """Parameters of their own: the squared gradient of the sum over all examples.
-
-        Biased, since labels of the data have no mean zero. Every rank holds the gradient of the batch of all ranks: R
-        shares of (√R N_rank)² add up to N². Ranks that run other passes of the same batch do not share it.
-        """
-        ranks = num_ranks(self.process_group) / self.sample_ranks
-        scale = (terms if self.loss_reduction == "mean" else 1.0) * ranks**0.5
-        alone = [entry for entry in self._due.values() if entry.module is None and entry.weight.grad is not None]
-        gradients = [cast(Tensor, entry.weight.grad) * scale for entry in alone]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            self.dropped += 1
-            return
-        for entry, gradient in zip(alone, gradients):
-            entry.block.add_output(pending.statistics.setdefault(entry.name, Statistics()), [], [gradient], None)
+    def _complete(self, pending: Pending) -> None:
+        """Brings sums to their scale that is known when the step has all its passes."""
 
     def count_dropped(self) -> int:
         """Passes dropped so far, those included whose backward has just come."""
         self._settle()
         return self.dropped
 
-    # -- handing over -------------------------------------------------------------------------------------------
-
     def take(self) -> Pending:
         """Everything since the last step; starts anew."""
         self._settle()
         taken = self.pending
-        if self.fisher == "empirical":
-            with torch.no_grad():
-                self._scale_settled(taken)
+        self._complete(taken)
         self.reset()
         return taken
 
@@ -398,9 +348,7 @@ class Collector:
         try:
             yield
             self._settle()
-            if self.fisher == "empirical":
-                with torch.no_grad():
-                    self._scale_settled(self.pending)
+            self._complete(self.pending)
             before.merge(self.pending)
         finally:
             self.pending = before
@@ -419,13 +367,6 @@ def _is_transformed() -> bool:
     functorch = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return functorch or bool(tracing) or torch.compiler.is_compiling()
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Factor arithmetic happens outside the user's autocast."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # a context costs as much as the update of a small layer
-    return torch.autocast(device.type, enabled=False)
 
 
 def _let_go(holder: int, handles: list[RemovableHandle]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_opt.curvature.block import Damping, State
-from kfac_opt.curvature.collector import Collector
+from kfac_opt.curvature.empirical import make_collector
 from kfac_opt.curvature.gradient_rows import GradientRows
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.distributed import active_group, rank
@@ -101,7 +101,7 @@ class AttachedOptimizer(Optimizer):
         self._track()  # may raise: nothing is attached before
         _attached[root] = weakref.ref(self)
         make_generator = _PassGenerators(self)
-        self._collector = Collector(
+        self._collector = make_collector(
             root,
             self._likelihood,
             options.fisher,

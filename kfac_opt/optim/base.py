@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the whole compiler
 
-from kfac_opt.curvature.collector import full_precision
 from kfac_opt.curvature.gradient_rows import match_rows
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.curvature.passes import Pending
+from kfac_opt.curvature.precision import full_precision
 from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.layers import MatrixLayout
 from kfac_opt.optim import options as checks

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import CurvatureBlock, Damping, State
-from kfac_opt.curvature.collector import full_precision
 from kfac_opt.curvature.diagonal import DiagonalBlock
 from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.spectral import SpectralForm
 
 

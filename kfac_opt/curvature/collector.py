@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from kfac_opt.curvature.backward import gradients_at, read_gradients
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
-from kfac_opt.curvature.hooks import WeakHook, without_hooks
+from kfac_opt.curvature.hooks import WeakHook
 from kfac_opt.curvature.passes import Pass, Pending
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.proof import verdicts
@@ -25,6 +26,8 @@ from kfac_opt.curvature.watch import LossWatch
 from kfac_opt.layers import has_own_forward
 from kfac_opt.likelihoods import Likelihood, output_gradients
 from kfac_opt.outputs import pick_logits
+
+ONE_BY_ONE_BYTES = 2**24  # of output gradients: from here on they are not held all at once
 
 FisherKind = Literal["mc", "exact", "empirical"]
 
@@ -161,6 +164,7 @@ class Collector:
         # An edge, not the tensor: after ReLU(inplace=True) the tensor gives the gradient behind the ReLU.
         edge = get_gradient_edge(out)
         current.edges.setdefault(name, []).append(edge)
+        current.output_bytes += out.numel() * out.element_size()
         self._on_call(current, name, edge)
         if self.outputs is None and name not in self._unproven:
             # No mask can come with the outputs: take the moment now, so that checkpointing can free the input.
@@ -224,8 +228,8 @@ class Collector:
             labels = self.likelihood.sample_gradients(logits.detach(), self.make_generator(self._pass_index, logits.device))
             targets: Any = [edge for name in tried for edge in current.edges[name]]
             targets += [self._due[name].weight for name in tried]
-            with full_precision(logits.device):
-                found = self._gradients(logits, targets, labels)
+            with full_precision(logits.device), self._naming_hidden():
+                found = gradients_at(logits, targets, labels)
                 adapters = {name: self._due[name].block.adapter for name in tried}
                 for name, verdict in verdicts(adapters, current.calls, found).items():
                     (self.proven if verdict else self.foreign).add(name)
@@ -252,8 +256,7 @@ class Collector:
         edges = [current.edges[name][index] for name, index in owners]
         # A parameter may have been frozen since the blocks were made.
         alone = [t for t in self._due.values() if t.module is None and t.weight.requires_grad]
-        targets: Any = [*edges, *(tracked.weight for tracked in alone)]
-        if not targets:
+        if not edges and not alone:
             return
         columns = output_gradients(
             self.likelihood,
@@ -265,14 +268,23 @@ class Collector:
         )
         with full_precision(logits.device):
             for column in columns:
-                found = self._gradients(logits, targets, column)
+                arrived: dict[str, list[Tensor | None]] = {}
+
+                def receive(number: int, gradient: Tensor, arrived: Any = arrived) -> None:
+                    name, index = owners[number]
+                    gradients = arrived.setdefault(name, [None] * len(current.edges[name]))
+                    gradients[index] = gradient
+                    if len(gradients) == 1:  # the calls of one example belong together
+                        self._add_output(current, name, arrived.pop(name))
+
+                with self._naming_hidden():
+                    parameters = [tracked.weight for tracked in alone]
+                    large = current.output_bytes >= ONE_BY_ONE_BYTES
+                    found = read_gradients(logits, edges, parameters, column, receive, one_by_one=large)
                 with torch.no_grad():
-                    arrived: dict[str, list[Tensor | None]] = {}
-                    for (name, _), gradient in zip(owners, found):
-                        arrived.setdefault(name, []).append(gradient)
                     for name, gradients in arrived.items():
                         self._add_output(current, name, gradients)
-                    for tracked, gradient in zip(alone, found[len(edges) :]):
+                    for tracked, gradient in zip(alone, found):
                         if gradient is not None:
                             statistics = current.statistics.setdefault(tracked.name, Statistics())
                             tracked.block.add_output(statistics, [], [gradient], None)
@@ -280,10 +292,11 @@ class Collector:
             self.pending.num_terms += current.num_terms
             self._keep(current)
 
-    def _gradients(self, logits: Tensor, targets: Any, column: Tensor) -> tuple[Tensor | None, ...]:
+    @contextmanager
+    def _naming_hidden(self) -> Iterator[None]:
+        """Says which layers a reentrant checkpoint hides, where autograd only says that there is one."""
         try:
-            with without_hooks(targets):
-                return torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
+            yield
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise

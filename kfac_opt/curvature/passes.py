@@ -23,6 +23,7 @@ class Pass:
     logits: Tensor | None = None
     logits_gradient: Tensor | None = None
     num_terms: int = 0
+    output_bytes: int = 0  # of all calls together
     scale: float | None = None  # empirical: factor of the user's output gradients, if it can be read off
 
 

@@ -10,9 +10,10 @@ that takes it, plus what it waits for a refresh in the background: other process
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.common.config import LOCAL, ConfigError, parse_arguments
 from benchmarks.common.figures import bar_figure
 from benchmarks.common.memory import peak_bytes
 from benchmarks.common.page import Figure, Section, Table, machine_footer, write_page
+from benchmarks.common.peers import is_installed
 from benchmarks.common.progress import progress
 from benchmarks.common.results import describe_machine, describe_versions, provenance, write_json
 from benchmarks.common.steps import Step, StepConfig, make_step, run_steps
@@ -111,7 +113,7 @@ class StepTime:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[StepTime]]:
     """Measures all workloads, prints a table for each, writes JSON and the page."""
-    config = parse_arguments(StepTimeConfig, arguments, description="Step time beside SGD's in the same run.")
+    config = _without_missing(parse_arguments(StepTimeConfig, arguments, description="Step time beside SGD's in the same run."))
     torch.set_num_threads(config.threads)
     results = {}
     for name in config.only or config.workloads:
@@ -121,6 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[StepTime]]:
         page = write_report(config, results)
     print(f"\npage: {page}")
     return results
+
+
+def _without_missing(config: StepTimeConfig) -> StepTimeConfig:
+    """Without the contestants whose package is not installed."""
+    missing = [label for label, step in config.contestants.items() if step.kind == "peer" and not is_installed(step.optimizer)]
+    for label in missing:
+        print(f"'{label}' is left out: package '{config.contestants[label].optimizer}' is not installed", file=sys.stderr)
+    kept = {label: step for label, step in config.contestants.items() if label not in missing}
+    return replace(config, contestants=kept)
 
 
 def measure(config: StepTimeConfig, name: str) -> list[StepTime]:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks.common.optimizers import build_optimizer, state_bytes
+from benchmarks.common.peers import peer_step
 from benchmarks.common.workloads import Workload, WorkloadConfig
 
-StepKind = Literal["optimizer", "forward_backward", "capture"]
+StepKind = Literal["optimizer", "forward_backward", "capture", "peer"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class StepConfig:
     Attributes:
         kind: ``optimizer``: forward, backward, step; ``forward_backward``: no step; ``capture``: forward and backward
             with K-FAC's hooks collecting layer inputs and sampled output gradients, but no factor computed of them.
-        optimizer, settings: for ``optimizer``.
+        optimizer, settings: for ``optimizer``; for ``peer``, which is another package (``benchmarks/common/peers.py``), its
+            name and the settings that it understands.
         stride: timed in every so many rounds.
         period: steps of the longest interval, over which the mean is taken.
     """
@@ -53,6 +55,8 @@ def make_step(config: StepConfig, workload: Workload) -> Step:
         return Step(_forward_backward(model, workload), lambda: 0)
     if config.kind == "capture":
         return Step(_capture(model, workload), lambda: 0)
+    if config.kind == "peer":
+        return Step(peer_step(config.optimizer, config.settings, model, workload), lambda: 0)
     optimizer = build_optimizer(config.optimizer, model, config.settings)
     losses = workload.losses(model)
 

@@ -111,6 +111,8 @@ def _follow(config: SweepConfig, setting: Setting, chosen: Sequence[TrialRow], t
 def _style(config: SweepConfig, setting: Setting) -> str:
     """How damping enters the blocks of this setting."""
     fixed = config.optimizers[setting.optimizer].fixed
+    if fixed.get("damping_style") == "split":
+        return "factored"  # the same eigenvalues, taken in another order
     if config.kind(setting.optimizer) == "kfac" and fixed.get("curvature", "kronecker") == "kronecker":
         return str(fixed.get("damping_style", "factored"))
     return "exact"

@@ -110,7 +110,7 @@ class _Recorder:
 
 
 def rows_that_pay(out_cost: int, in_cost: int, out_dim: int, in_dim: int) -> int:
-    """0 for small layers, else most rows for which two products of rows and the outer product cost at most 0.7 of two products of the matrix.
+    """0 for small layers, else most rows for which the products of rows cost at most 0.7 of two products of the matrix.
 
     Args:
         out_cost, in_cost: multiplications of one row with the inverse of each side.

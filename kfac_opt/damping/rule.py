@@ -12,8 +12,8 @@ class DampingRule:
     """Changes the ``damping`` of an optimizer's parameter groups; ``step()`` comes after the optimizer's.
 
     The new damping is in force where the optimizer next uses it: at once for blocks that are inverted in their
-    eigenbasis (``damping_style="exact"`` or ``"split"``, ``curvature="eigenbasis"``, diagonal and norm blocks), at the next refresh of
-    the inverses for ``damping_style="factored"``.
+    eigenbasis (``damping_style="exact"`` or ``"split"``, ``curvature="eigenbasis"``, diagonal and norm blocks), at the
+    next refresh of the inverses for ``damping_style="factored"``.
 
     Args:
         optimizer: has a ``damping`` in each of its groups (KFAC, KFACVI). The values found there are the start.

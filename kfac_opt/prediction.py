@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from kfac_opt.likelihoods import Categorical, Gaussian, Likelihood, LikelihoodName, make_likelihood
+from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.outputs import pick_logits
-from kfac_opt.posterior import Posterior, load_weights_, parameters_of, restored_weights
+from kfac_opt.posterior import Posterior, add_noise, parameters_of, restored_weights, write_draw_
+from kfac_opt.running import RunningPrediction, entropy
 
 Inputs = Tensor | Mapping[str, Any] | Iterable[Any]
 Outputs = Callable[[Any], Any]
@@ -158,21 +159,21 @@ class _Ensemble:
 
     def _loop(self, number: int) -> Iterator[Tensor]:
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+        means = list(self.posterior.mean.values())
         ahead = max(1, min(DRAWS_AHEAD, DRAWS_AHEAD_BYTES // size))
         for start in range(0, number, ahead):
             # A few at a time: the eigenbases are then read from the cache, which every forward empties.
-            draws = [list(self.posterior.sample(self.generator).values()) for _ in range(min(ahead, number - start))]
-            for draw in draws:
-                load_weights_(self.parameters, draw)
+            for noise in self.posterior.deviations(min(ahead, number - start), self.generator):
+                write_draw_(self.parameters, means, [noise[name] for name in self.posterior.mean])
                 yield self._logits(_call(self.model, self.inputs))
 
     def _vmap(self, number: int) -> Tensor:
         """``[number, ...]``: outputs of ``number`` draws at once."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        draws = [self.posterior.sample(self.generator) for _ in range(number)]
+        draws = self.posterior.deviations(number, self.generator)
         stacked = {
-            names[id(parameter)]: torch.stack([draw[name] for draw in draws])
-            for parameter, name in zip(self.parameters, self.posterior.mean)
+            names[id(parameter)]: add_noise(mean, torch.stack([noise[name] for noise in draws]))
+            for parameter, (name, mean) in zip(self.parameters, self.posterior.mean.items())
         }
 
         def run(weights: dict[str, Tensor]) -> Tensor:
@@ -197,27 +198,16 @@ def _batch_size(inputs: Any) -> int:
 
 
 def summarize(stream: Iterable[Tensor], likelihood: Likelihood, num_samples: int, keep_samples: bool) -> Prediction:
-    """Running mean, variance (Welford) and mean entropy of the predictions in ``stream``."""
-    kept: list[Tensor] = []
-    mean = squares = expected_entropy = torch.zeros(())
-    for count, outputs in enumerate(stream, start=1):
-        p = likelihood.predictive(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
-        if count == 1:
-            mean, squares, expected_entropy = p.clone(), torch.zeros_like(p), _entropy(likelihood, p, None)
-        else:
-            difference = p - mean
-            mean.add_(difference, alpha=1 / count)
-            squares.addcmul_(difference, p - mean)
-            expected_entropy.add_(_entropy(likelihood, p, None))
-        if keep_samples:
-            kept.append(p)
-    variance = squares / num_samples
+    """Mean, variance and mean entropy of the predictions in ``stream``, the model's outputs for each draw."""
+    running = RunningPrediction(likelihood, keep=keep_samples)
+    running.add(stream)
+    variance = running.squares / num_samples
     return Prediction(
-        probabilities=mean,
-        entropy=_entropy(likelihood, mean, variance),
-        expected_entropy=expected_entropy / num_samples,
+        probabilities=running.mean,
+        entropy=entropy(likelihood, running.mean, variance),
+        expected_entropy=running.expected_entropy / num_samples,
         variance=variance,
-        samples=torch.stack(kept) if keep_samples else None,
+        samples=torch.cat(running.kept) if keep_samples else None,
     )
 
 
@@ -258,21 +248,11 @@ def mixture(
     kept = [prediction.samples for prediction in predictions if prediction.samples is not None]
     return Prediction(
         probabilities=mean,
-        entropy=_entropy(make_likelihood(likelihood), mean, variance),
+        entropy=entropy(make_likelihood(likelihood), mean, variance),
         expected_entropy=torch.stack([prediction.expected_entropy for prediction in predictions]).mean(0),
         variance=variance,
         samples=torch.cat(kept) if len(kept) == len(predictions) else None,
     )
-
-
-def _entropy(likelihood: Likelihood, p: Tensor, variance: Tensor | None) -> Tensor:
-    """Entropy in nats of the predictive ``p``; ``variance`` of a Gaussian's mean over samples, None for one sample."""
-    if isinstance(likelihood, Categorical):
-        return torch.special.entr(p).sum(likelihood.dimension(p))
-    if isinstance(likelihood, Gaussian):
-        total = torch.full_like(p, likelihood.variance) if variance is None else variance + likelihood.variance
-        return 0.5 * (2 * torch.pi * torch.e * total).log()
-    return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
 def concatenated(parts: Sequence[Prediction]) -> Prediction:

@@ -107,8 +107,8 @@ class NoiseAhead:
         if first not in self._made:
             room = min(self.MOST, self.MOST_BYTES // max(1, source.num_bytes)) if source.on_host else 1
             number = max(1, min(self._number, room - len(self._made)))
-            for key in (first, *islice(coming, number - 1)):
-                self._made[key] = source.draw(make_generator(*key))
+            keys = [first, *islice(coming, number - 1)]
+            self._made.update(zip(keys, source.draws([make_generator(*key) for key in keys])))
             self._number = min(2 * self._number, self.MOST)
         return self._made.pop(first)
 

@@ -163,8 +163,12 @@ class Posterior:
         Args:
             generator: source of the noise, on any device; None: the posterior's own, which goes on from draw to draw.
         """
-        noise = self._noise.draw(self.generator if generator is None else generator)
+        (noise,) = self.deviations(1, generator)
         return {name: add_noise(mean, noise[name]) for name, mean in self.mean.items()}
+
+    def deviations(self, number: int, generator: torch.Generator | None = None) -> list[dict[str, Tensor]]:
+        """What ``number`` calls of :meth:`sample` would add to the means, in the dtypes of the curvature; faster than those."""
+        return self._noise.draws([self.generator if generator is None else generator] * number)
 
     def variance(self) -> dict[str, Tensor]:
         """Marginal variance of every weight (the diagonal of Σ), in the shapes of the means."""

@@ -43,32 +43,40 @@ class NoiseSource:
         """Whether drawing is work of the processor that runs the program."""
         return all(device.type == "cpu" for _, device in self._parts)
 
-    @torch.no_grad()
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """One draw for every block, by the names of the parameters; from one call for the numbers of each dtype.
 
         Args:
             generator: of the noise, on any device.
         """
+        return self.draws([generator])[0]
+
+    @torch.no_grad()
+    def draws(self, generators: Sequence[torch.Generator]) -> list[dict[str, Tensor]]:
+        """One draw from each of ``generators`` in turn (they may all be the same), bit for bit those of :meth:`draw`."""
+        return self.correlate_([self._numbers(generator) for generator in generators])
+
+    def _numbers(self, generator: torch.Generator) -> dict[Kind, Tensor]:
         drawn = {}
         for (dtype, device), deviations in self._deviations.items():
             numbers = torch.randn(len(deviations), generator=generator, dtype=dtype, device=generator.device)
             drawn[dtype, device] = numbers.to(device)
-        return self.correlate_(drawn)
+        return drawn
 
     @torch.no_grad()
-    def correlate_(self, numbers: dict[Kind, Tensor]) -> dict[str, Tensor]:
+    def correlate_(self, draws: Sequence[dict[Kind, Tensor]]) -> list[dict[str, Tensor]]:
         """The deviations that independent standard normal numbers stand for; those are used up.
 
         Args:
-            numbers: a vector for each dtype and device, as long as the blocks of this kind have parameters.
+            draws: for each a vector by dtype and device, as long as the blocks of this kind have parameters.
         """
-        noise: dict[str, Tensor] = {}
+        noise: list[dict[str, Tensor]] = [{} for _ in draws]
         for kind, parts in self._parts.items():
-            scaled = numbers[kind].mul_(self._deviations[kind]).split(self._sizes[kind])
+            scaled = [numbers[kind].mul_(self._deviations[kind]).split(self._sizes[kind]) for numbers in draws]
             with full_precision(kind[1]):
-                for part, values in zip(parts, scaled):
-                    part.write(values, noise)
+                for index, part in enumerate(parts):  # layer by layer: its bases stay in the cache for all draws
+                    for values, found in zip(scaled, noise):
+                        part.write(values[index], found)
         return noise
 
 

@@ -59,6 +59,16 @@ def load_weights_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Non
         torch._foreach_copy_(list(parameters), list(values))
 
 
+@torch.no_grad()
+def write_draw_(parameters: Sequence[Tensor], means: Sequence[Tensor], noise: Sequence[Tensor]) -> None:
+    """``w ← μ + ε`` into ``parameters``, added in the wider of both dtypes and on the device of the means."""
+    for parameter, mean, part in zip(parameters, means, noise):
+        if parameter.dtype == mean.dtype == part.dtype and parameter.device == mean.device:
+            torch.add(mean, part, out=parameter)
+        else:
+            parameter.copy_((mean + part).to(mean.dtype))
+
+
 @contextmanager
 def restored_weights(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Gives copies of the weights, and puts them back at the end, also when the body raises."""

@@ -64,7 +64,7 @@ def noise_map(block: PosteriorBlock) -> Tensor:
     source, eye = NoiseSource([block]), torch.eye(block.layout.numel, dtype=torch.float64)
     columns = []
     for unit in eye:
-        noise = source.correlate_({(torch.float64, unit.device): unit.clone()})
+        (noise,) = source.correlate_([{(torch.float64, unit.device): unit.clone()}])
         columns.append(block.layout.to_matrix(*[noise[name] for name in block.names]).reshape(-1))
     return torch.stack(columns, dim=1)
 

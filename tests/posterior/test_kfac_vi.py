@@ -677,13 +677,13 @@ def test_draws_that_were_made_ahead_are_those_of_their_step(at_once: int, monkey
     """Across refreshes, another temperature, other numbers of passes, two loops in a step, and a saved state."""
     monkeypatch.setattr(NoiseAhead, "MOST", at_once)
     made: list[bool] = []
-    draw = NoiseSource.draw
+    draws = NoiseSource.draws
 
-    def counted(source: NoiseSource, generator: torch.Generator) -> dict[str, Tensor]:
-        made.append(source.num_bytes > 0)
-        return draw(source, generator)
+    def counted(source: NoiseSource, generators: list[torch.Generator]) -> list[dict[str, Tensor]]:
+        made.extend([source.num_bytes > 0] * len(generators))
+        return draws(source, generators)
 
-    monkeypatch.setattr(NoiseSource, "draw", counted)
+    monkeypatch.setattr(NoiseSource, "draws", counted)
     settings: dict[str, Any] = {"factor_interval": 4, "inverse_interval": 12, "ramp_steps": 1, "antithetic": False}
     model, other = mlp(), mlp()
     optimizer, resumed = vi(model, **settings), vi(other, **settings)
@@ -702,7 +702,7 @@ def test_draws_that_were_made_ahead_are_those_of_their_step(at_once: int, monkey
             for index in optimizer.weight_samples(samples):
                 blocks = optimizer._blocks(current=False)
                 generator = optimizer._generator(WEIGHTS, first + index)
-                noise = draw(NoiseSource(blocks), generator) if blocks else {}
+                (noise,) = draws(NoiseSource(blocks), [generator])
                 needed += bool(blocks)
                 expected = {name: mean + noise[name] if name in noise else mean for name, mean in means.items()}
                 assert_same(weights(model), expected)

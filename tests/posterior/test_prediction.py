@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kfac_opt.likelihoods import Categorical
 from kfac_opt.posterior import Posterior, Width
 from kfac_opt.prediction import mixture, predict
 from tests.posterior.helpers import WIDTH
@@ -229,6 +230,40 @@ def test_sequences_keep_their_time_dimension():
     prediction = predict(model, around(model), torch.randn(2, 5, 4, dtype=torch.float64), 3)
     assert prediction.probabilities.shape == (2, 5, 3)
     assert prediction.mutual_information.shape == (2, 5)
+
+
+class ClassesFirst(nn.Module):
+    """Logits ``[classes, batch]``, in one buffer for all calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3, dtype=torch.float64)
+        self.register_buffer("logits", torch.zeros(3, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.copy_(self.layer(x).T)
+
+
+class Reused(ClassesFirst):
+    """Logits ``[batch, classes]``, in one buffer for all calls, as a captured graph returns them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).T
+
+
+@pytest.mark.parametrize("kind", [ClassesFirst, Reused])
+def test_outputs_in_a_buffer_of_the_model_and_classes_in_the_first_dimension(kind: type[ClassesFirst]):
+    torch.manual_seed(2)
+    model, (x, _) = kind(), data(8)
+    plain = Posterior.from_model(model.layer, [], width=NARROW)
+    expected = predict(model.layer, plain, x, 21, generator(), keep_samples=True)
+    dimension = 0 if kind is ClassesFirst else 1
+    posterior = around(model, Categorical(class_dim=dimension))
+    found = predict(model, posterior, x, 21, generator(), "loop", keep_samples=True)
+    close(found.probabilities.movedim(dimension, -1), expected.probabilities)
+    close(found.samples.movedim(1 + dimension, -1), expected.samples)
+    for part in ("entropy", "expected_entropy"):
+        close(getattr(found, part), getattr(expected, part))
 
 
 class Wrapped(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfac_opt.curvature.collector import full_precision
+from kfac_opt.curvature.precision import full_precision
 from kfac_opt.posterior.block import PosteriorBlock
 from kfac_opt.products import product_for
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.spectral import SpectralForm, dense_of_groups
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing
 
@@ -23,12 +25,28 @@ class Call:
     keep: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class LateSum:
+    """One call's part of the sum of the inputs, to be formed later.
+
+    Attributes:
+        call: with a copy of the input, which the model may overwrite.
+        form: gives the part, ``sum_bytes`` large.
+    """
+
+    call: Call
+    form: Callable[[Call], Tensor]
+    sum_bytes: int
+
+
 @dataclass
 class Statistics:
     """Sums of one layer over the passes since the last step; counts come beside sums, never means.
 
     Attributes:
         sums: tensors that add over passes and ranks.
+        late: parts of the sum of the inputs that are not formed yet, because they would take more memory than what
+            they are formed of.
         num_rows: ``R``, rows that the layer saw in all its calls.
         examples: calls and output gradients that wait for the eigenbasis of this step (EKFAC), with the factor
             their gradients still have to be multiplied by.
@@ -37,6 +55,7 @@ class Statistics:
     sums: dict[str, Tensor] = field(default_factory=dict)
     num_rows: int = 0
     examples: list[tuple[list[Call], list[Tensor], float]] = field(default_factory=list)
+    late: list[LateSum] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor) -> None:
         """Adds ``value`` to the sum of this name."""
@@ -48,6 +67,20 @@ class Statistics:
             self.add(name, value)
         self.num_rows += other.num_rows
         self.examples += other.examples
+        self.put_off(*other.late)
+
+    def put_off(self, *parts: LateSum) -> None:
+        """Leaves these for :meth:`settle`, unless with those that wait already they would outgrow the sum."""
+        self.late += parts
+        if self.late and sum(part.call.x.nbytes for part in self.late) > self.late[0].sum_bytes:
+            self.settle()
+
+    def settle(self) -> None:
+        """Forms what is left of the sum of the inputs."""
+        late, self.late = self.late, []
+        for part in late:
+            with torch.no_grad(), full_precision(part.call.x.device):
+                self.add("input", part.form(part.call))
 
 
 @dataclass(frozen=True)

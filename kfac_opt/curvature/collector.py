@@ -314,8 +314,11 @@ class Collector:
 
     def _finite(self, current: Pass) -> bool:
         """One read of the device for all sums of the pass; a pass that is not finite is dropped and counted."""
-        sums = [_probe(k, value) for statistics in current.statistics.values() for k, value in statistics.sums.items()]
-        sums += [g.sum(dtype=sums[0].dtype) for s in current.statistics.values() for _, gs, _ in s.examples for g in gs]
+        parts = current.statistics.values()
+        sums = [_probe(name, value) for statistics in parts for name, value in statistics.sums.items()]
+        dtype = sums[0].dtype if sums else torch.float32
+        sums += [gradient.sum(dtype=dtype) for statistics in parts for _, found, _ in statistics.examples for gradient in found]
+        sums += [_square(part.call.x, dtype) for statistics in parts for part in statistics.late]
         if sums and not bool(torch.isfinite(torch.stack([value.to(sums[0].device) for value in sums])).all()):
             self.dropped += 1
             return False
@@ -393,3 +396,9 @@ def _probe(name: str, value: Tensor) -> Tensor:
     """0-dim, finite if ``value`` is: of a sum of outer products the diagonal bounds everything."""
     gram = name in ("input", "output", "moment") and value.dim() == 3
     return value.diagonal(dim1=-2, dim2=-1).sum() if gram else value.sum()
+
+
+def _square(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """0-dim, finite if the second moment of the input ``x`` is; 64 times its trace bounds that of 7 × 7 patches."""
+    flat = x.to(dtype).flatten()
+    return 64.0 * torch.linalg.vecdot(flat, flat)

@@ -2,13 +2,23 @@ r"""Kronecker-factored blocks, :math:`F \approx A \otimes G` (Martens & Grosse 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.block import (
+    Call,
+    CurvatureBlock,
+    Damping,
+    LateSum,
+    State,
+    Statistics,
+    average_into,
+    average_weight,
+)
 from kfac_opt.curvature.gradient_rows import outer, rows_that_pay
 from kfac_opt.curvature.sides import Side
 from kfac_opt.curvature.spectral import SpectralForm
@@ -18,6 +28,7 @@ from kfac_opt.linalg import FactorizationError, pack_triangle, pi_correction, sp
 DampingStyle = Literal["factored", "exact", "split"]
 SIDES = ("input", "output")
 MAX_FAILURES = 3
+LATE_RATIO = 2  # an input that is so many times smaller than its second moment is kept in its place
 Refreshed = dict[str, list[Tensor]]  # new tensors by the name of the state they go to: of inverses one for each block
 Work = Callable[[], Refreshed]
 
@@ -72,17 +83,27 @@ class KroneckerBlock(CurvatureBlock):
     # -- collecting ---------------------------------------------------------------------------------------------
 
     def add_input(self, statistics: Statistics, call: Call) -> None:
+        side = self.sides["input"]
+        sum_bytes = math.prod(side.sum_shape) * self.dtype.itemsize
+        if side.packs_at_once and LATE_RATIO * call.x.nbytes <= sum_bytes:
+            # The sums of all layers would wait for the step side by side, beside the activations.
+            copy = Call(call.x.clone(), call.positions, call.keep)
+            statistics.put_off(LateSum(copy, self._input_sum, sum_bytes))
+        else:
+            statistics.add("input", self._input_sum(call))
+
+    def _input_sum(self, call: Call) -> Tensor:
+        """What the input of one call adds, ``sum_shape``."""
         side, layer = self.sides["input"], self.layer
         how = call.x, call.keep, self.sharing, self.dtype
         rows = layer.input_moment_rows(*how) if side.packs_at_once and not side.blocked else None
         packed = None if rows is None else side.packed_rows(rows, self.dtype, call.x.device)
         if packed is not None:
-            statistics.add("input", packed)
-        elif not side.dense:
-            statistics.add("input", layer.input_square(*how))
-        else:
-            moments = layer.input_block_moments(*how, side.ranges) if side.blocked else [layer.input_moment(*how)]
-            statistics.add("input", side.packed(moments) if side.packs_at_once else moments[0])
+            return packed
+        if not side.dense:
+            return layer.input_square(*how)
+        moments = layer.input_block_moments(*how, side.ranges) if side.blocked else [layer.input_moment(*how)]
+        return side.packed(moments) if side.packs_at_once else moments[0]
 
     def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         side, layer = self.sides["output"], self.layer
@@ -118,8 +139,9 @@ class KroneckerBlock(CurvatureBlock):
     def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
         if not statistics.num_rows or "output" not in statistics.sums:
             return
+        statistics.settle()
         for name, count in (("input", num_terms), ("output", statistics.num_rows)):
-            total, side = statistics.sums[name], self.sides[name]
+            total, side = statistics.sums.pop(name), self.sides[name]  # gone before the next layer's is formed
             packed = pack_triangle(total) if side.dense and not side.packs_at_once else total
             average_into(state[f"{name}_factor"], packed, decay, count)
         average_weight(state, decay)

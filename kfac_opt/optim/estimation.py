@@ -115,6 +115,7 @@ class Estimation:
         tensors: list[Tensor] = []
         for name, entry in due.items():
             statistics = pending.statistics.setdefault(name, Statistics())
+            statistics.settle()
             counts.append(statistics.num_rows)
             for key, shape in entry.block.sum_shapes().items():
                 if key == "squares" and name in waiting:

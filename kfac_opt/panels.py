@@ -83,6 +83,15 @@ def unpack_panels(packed: Tensor, n: int, number: int = NUM_PANELS) -> Tensor:
     return whole
 
 
+def panels_times_vector(packed: Tensor, vector: Tensor) -> Tensor:
+    """The symmetric matrix kept in ``FACTOR_PANELS`` panels ``packed [size]`` times ``vector [n]``."""
+    result = torch.zeros_like(vector)
+    for start, end, left, diagonal in panels(packed, vector.shape[0], FACTOR_PANELS):
+        result[start:end] += left @ vector[:start] + diagonal @ vector[start:end]
+        result[:start] += left.mT @ vector[start:end]
+    return result
+
+
 def times_panels(matrix: Tensor, packed: Tensor) -> Tensor:
     """``matrix [m, n]`` times the symmetric ``n × n`` matrix kept in ``packed [size]``."""
     result = torch.empty_like(matrix)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, Damping, State, Statistics, average_into, average_weight
-from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock, Refreshed
+from kfac_opt.curvature.kronecker import KroneckerBlock, Refreshed
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
 from kfac_opt.layers.embedding import EmbeddingAdapter
@@ -35,9 +35,17 @@ class EigenbasisBlock(KroneckerBlock):
         max_factor_dim: int,
         max_block_dim: int | None = None,
         split: bool = False,
+        refresh_tolerance: float = 0.0,
     ) -> None:
-        style: DampingStyle = "split" if split else "exact"
-        super().__init__(adapter, dtype, sharing, style=style, max_factor_dim=max_factor_dim, max_block_dim=max_block_dim)
+        super().__init__(
+            adapter,
+            dtype,
+            sharing,
+            style="split" if split else "exact",
+            max_factor_dim=max_factor_dim,
+            max_block_dim=max_block_dim,
+            refresh_tolerance=refresh_tolerance,
+        )
 
     def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         super().add_output(statistics, calls, gradients, state)

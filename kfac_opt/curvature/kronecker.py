@@ -20,6 +20,7 @@ from kfac_opt.curvature.block import (
     average_weight,
 )
 from kfac_opt.curvature.gradient_rows import outer, rows_that_pay
+from kfac_opt.curvature.movement import movement, sketches
 from kfac_opt.curvature.sides import Side
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
@@ -43,7 +44,8 @@ class KroneckerBlock(CurvatureBlock):
 
     A side larger than ``max_block_dim`` keeps diagonal blocks of its factor, one larger than ``max_factor_dim``, or the
     input of an embedding, only its diagonal. ``inverse_dtype`` is that of the stored inverses and of the products with
-    them (``dtype`` if None).
+    them (``dtype`` if None). A refresh is skipped where the factors have moved by at most ``refresh_tolerance``
+    (``movement``).
     """
 
     needs_input = False
@@ -60,11 +62,13 @@ class KroneckerBlock(CurvatureBlock):
         max_block_dim: int | None = None,
         basis: bool = False,
         inverse_dtype: torch.dtype | None = None,
+        refresh_tolerance: float = 0.0,
     ) -> None:
         super().__init__(adapter.layout, adapter, dtype, sharing)
         self.layer = adapter
         self.style = style
         self.inverse_dtype = dtype if inverse_dtype is None else inverse_dtype
+        self.refresh_tolerance = refresh_tolerance
         self.in_basis = style != "factored"  # where the gradient is preconditioned
         self.keeps_basis = basis or self.in_basis
         groups, out_dim, in_dim = self.layout.shape
@@ -125,7 +129,12 @@ class KroneckerBlock(CurvatureBlock):
         state["refreshes"] = torch.zeros((), dtype=torch.int64)
         state["failures"] = torch.zeros((), dtype=torch.int64)
         state["refreshed_estimates"] = torch.zeros((), dtype=torch.int64)
+        if self.refresh_tolerance > 0.0:
+            state["skipped"] = torch.zeros((), dtype=torch.int64)
+            state["sketch_damping"] = torch.zeros((), dtype=self.dtype, device=device)
         for name, side in self.sides.items():
+            if self.refresh_tolerance > 0.0:
+                state[f"{name}_sketch"] = torch.zeros(self.groups, side.dim, dtype=self.dtype, device=device)
             state[f"{name}_factor"] = torch.zeros(side.factor_shape, dtype=self.dtype, device=device)
             if not self.in_basis:
                 state[f"{name}_inverse"] = torch.zeros(side.inverse_shape, dtype=self.inverse_dtype, device=device)
@@ -190,15 +199,29 @@ class KroneckerBlock(CurvatureBlock):
         moved = not torch.equal(state["refreshed_estimates"], state["estimates"])
         if self.in_basis and not moved:
             return None  # bases do not depend on the damping
+        gamma = damping.of(state)
+        now = sketches(state, self.sides, gamma) if self.refresh_tolerance > 0.0 else {}
+        if now and self._hardly_moved(state, now):
+            state["skipped"] += 1
+            return None
         names = [*(f"{side}_factor" for side in SIDES), "weight"]
         given = {name: state[name].clone() if detached else state[name] for name in names}
-        gamma = damping.of(state)
 
         def work() -> Refreshed:
-            new = self._bases(given) if self.keeps_basis and moved else {}
+            new = {name: [value] for name, value in now.items()}
+            if self.keeps_basis and moved:
+                new |= self._bases(given)
             return new if self.in_basis else {**new, **self._inverses(given, gamma, None if detached else state)}
 
         return work
+
+    def _hardly_moved(self, state: State, now: dict[str, Tensor]) -> bool:
+        """Whether what the last refresh made is as good as new."""
+        if not self.ready(state) or int(state["failures"]):
+            return False
+        if self.in_basis:  # bases do not depend on the damping
+            now = {name: value for name, value in now.items() if name != "sketch_damping"}
+        return bool(movement(state, now) <= self.refresh_tolerance)
 
     def finish_refresh(self, state: State, work: Work, estimates: int, damping: Damping) -> None:
         """Puts the result of ``work`` in force; ``estimates`` is their number in the factors that it used."""
@@ -260,8 +283,8 @@ class KroneckerBlock(CurvatureBlock):
         return new
 
     def refreshed_tensors(self, state: State) -> list[Tensor]:
-        kinds = ("inverse", "values", "basis")
-        names = [f"{side}_{kind}" for side in SIDES for kind in kinds]
+        kinds = ("inverse", "values", "basis", "sketch")
+        names = [*(f"{side}_{kind}" for side in SIDES for kind in kinds), "sketch_damping"]
         return [state[name] for name in names if name in state]
 
     def refresh_cost(self) -> float:

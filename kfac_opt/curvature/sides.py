@@ -32,6 +32,7 @@ from kfac_opt.panels import (
     panel_ranges,
     panel_size,
     panels,
+    panels_times_vector,
     times_panels,
     unpack_lower_,
     unpack_panels,
@@ -160,6 +161,19 @@ class Side:
             for part, n in zip(parts, self.sizes)
         ]
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+
+    def times_vector(self, factor: Tensor, vector: Tensor) -> Tensor:
+        """``X v`` for ``factor_shape`` and ``vector [dim]``: ``[groups, dim]``."""
+        if not self.dense:
+            return factor * vector
+        found = []
+        for part, n, (start, end) in zip(factor.split(list(map(_factor_size, self.sizes)), dim=-1), self.sizes, self.ranges):
+            piece = vector[start:end]
+            if self.in_panels(n):
+                found.append(stacked([panels_times_vector(one, piece) for one in part]))
+            else:
+                found.append(unpack_triangle(part, n) @ piece)
+        return torch.cat(found, dim=-1)
 
     # -- refresh ------------------------------------------------------------------------------------------------
 

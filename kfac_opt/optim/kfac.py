@@ -76,6 +76,10 @@ class KFAC(CurvatureOptimizer):
             comes into force a tenth of the interval later, at a fixed step, so that timing changes no number;
             ``state_dict()`` waits for what is under way and puts it in force. Rounds under ten steps, EKFAC and
             several processes are staggered as before.
+        refresh_tolerance: a layer whose factors and damping have changed by at most this, relative, since its last refresh
+            skips its turn (``skipped_refreshes`` counts). The change is the Frobenius norm's, estimated by the product of
+            each factor with one vector, ``n`` numbers kept and ``n²`` operations instead of ``n³``; it hardly sees
+            directions of little curvature. 0, the default, never skips: nothing is estimated.
         weight_sharing: ``"expand"`` treats positions as examples, ``"reduce"`` joins them first (Eschenhagen et al.
             2023). Layers hold their examples along the first dimension (``batch_first=True`` in torch's modules):
             ``"reduce"``, EKFAC's scales and norm layers sum per example; the factors of ``"expand"`` do not mind.
@@ -136,6 +140,7 @@ class KFAC(CurvatureOptimizer):
         factor_interval: int = 10,
         inverse_interval: int = 100,
         refresh: Literal["staggered", "together", "async"] = "staggered",
+        refresh_tolerance: float = 0.0,
         weight_sharing: Literal["expand", "reduce"] = "expand",
         kl_clip: float | None = 1e-4,
         max_relative_update: float | None = 0.05,
@@ -175,6 +180,7 @@ class KFAC(CurvatureOptimizer):
             damping_scale=damping_scale,
             ramp_steps=ramp_steps,
             refresh=refresh,
+            refresh_tolerance=refresh_tolerance,
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
             max_block_dim=max_block_dim,

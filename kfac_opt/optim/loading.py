@@ -100,7 +100,8 @@ def check_saved(
                     f"load_state_dict: the saved curvature of '{entry.name}' does not fit: {wrong[0]!r} is "
                     f"{list(state[wrong[0]].shape) if wrong[0] in state else 'missing'}, expected "
                     f"{list(expected[wrong[0]].shape)}. Build {owner} with the options that the state was saved with "
-                    "(damping_style, max_factor_dim, max_block_dim and the trainable parameters decide the shapes)."
+                    "(damping_style, max_factor_dim, max_block_dim, refresh_tolerance and the trainable parameters decide "
+                    "what is kept)."
                 )
 
 
@@ -113,7 +114,17 @@ def install_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             optimizer.state[parameter] = copied(saved["state"][key], parameter.device)
 
 
-HOST_KEYS = ("step", "seed", "weight", "scales_weight", "refreshes", "failures", "estimates", "refreshed_estimates")
+HOST_KEYS = (
+    "step",
+    "seed",
+    "weight",
+    "scales_weight",
+    "refreshes",
+    "failures",
+    "skipped",
+    "estimates",
+    "refreshed_estimates",
+)
 
 
 def copied(value: Any, device: torch.device, name: str = "") -> Any:

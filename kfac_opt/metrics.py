@@ -117,6 +117,13 @@ def _checked(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         )
     if targets.dtype.is_floating_point or targets.numel() == 0:
         raise ValueError(f"metrics: targets must be at least one whole class number, got {targets.numel()} of {targets.dtype}.")
+    classes = probabilities.shape[-1]
+    lowest, highest = int(targets.min()), int(targets.max())
+    if lowest < 0 or highest >= classes:
+        raise ValueError(
+            f"metrics: there are {classes} classes, but targets from {lowest} to {highest}, expected 0 to {classes - 1}. "
+            "Leave out what has no class: metric(probabilities[targets >= 0], targets[targets >= 0])."
+        )
     p = probabilities.detach().double().flatten(0, -2)
     if not bool(((p.sum(-1) - 1).abs() < 1e-2).all()) or bool((p < 0).any()):
         raise ValueError(

@@ -95,8 +95,8 @@ def predict(
     >>> predict(model, posterior, torch.zeros(5, 2), num_samples=10).probabilities.shape
     torch.Size([5, 3])
     """
-    if num_samples < 1:
-        raise ValueError(f"predict: num_samples must be >= 1, got {num_samples}")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"predict: num_samples must be an integer >= 1, got {num_samples}")
     if vectorize not in ("auto", "loop", "vmap"):
         raise ValueError(f"predict: vectorize must be 'auto', 'loop' or 'vmap', got {vectorize!r}")
     parameters = parameters_of(model, posterior.shapes, posterior.fixed)

@@ -54,6 +54,11 @@ class SpectralForm:
         r"""``(F + γ I)⁻¹ vec M`` as a matrix; ``damping`` γ is broadcast against ``[groups, out_dim, in_dim]``."""
         return self.rotate_back(self.rotate(matrix) / (self.eigenvalues + damping))
 
+    def diagonal(self) -> Tensor:
+        """Diagonal of the block, ``[groups, out_dim, in_dim]``."""
+        bases = [None if basis is None else basis.square() for basis in (self.output_basis, self.input_basis)]
+        return SpectralForm(bases[0], bases[1], self.eigenvalues).rotate_back(self.eigenvalues)
+
     def dense(self) -> Tensor:
         """``[groups, in_dim · out_dim, in_dim · out_dim]``, column-stacking."""
         groups, out_dim, in_dim = self.eigenvalues.shape

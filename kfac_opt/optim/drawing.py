@@ -105,7 +105,8 @@ class DrawingOptimizer(CurvatureOptimizer):
             state = self._block_state(tracked)
             if state is not None:
                 names = ("refreshes",) if follows_refreshes(tracked.block) else ("refreshes", "estimates")
-                key += [tracked.name, *(int(state[name]) for name in names if name in state)]
+                trained = [parameter.requires_grad for parameter in tracked.parameters]
+                key += [tracked.name, *trained, *(int(state[name]) for name in names if name in state)]
         if self._covariances is None or self._covariances.key != key:
             self._covariances = Covariances.of(key, self._blocks(current=False), self._noisy_layers())
         return self._covariances

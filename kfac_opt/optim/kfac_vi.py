@@ -69,7 +69,8 @@ class KFACVI(VariationalOptimizer):
             batches is left to DistributedDataParallel, whose ``process_group`` is then the other dimension of the mesh.
         process_group: all ranks whose factors are summed, those of both dimensions.
 
-    All others are those of :class:`kfac_opt.KFAC`. ``curvature="identity"`` has no posterior and is refused.
+    All others are those of :class:`kfac_opt.KFAC`. ``curvature="identity"`` has no posterior and is refused. With
+    ``max_block_dim`` the posterior knows no covariance between blocks either; its bases are stored whole.
 
     Raises:
         ValueError, TypeError, RuntimeError: at construction, as for :class:`kfac_opt.KFAC`.
@@ -114,9 +115,11 @@ class KFACVI(VariationalOptimizer):
         max_relative_update: float | None = 0.05,
         decoupled_weight_decay: bool = True,
         max_factor_dim: int = 8192,
+        max_block_dim: int | None = None,
         outputs: Callable[[Any], Any] | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         factor_dtype: torch.dtype = torch.float32,
+        inverse_dtype: torch.dtype | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         generator: torch.Generator | None = None,
@@ -152,9 +155,11 @@ class KFACVI(VariationalOptimizer):
             refresh=refresh,
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
+            max_block_dim=max_block_dim,
             outputs=outputs,
             loss_reduction=loss_reduction,
             factor_dtype=factor_dtype,
+            inverse_dtype=inverse_dtype,
             foreach=foreach,
             process_group=process_group,
         )

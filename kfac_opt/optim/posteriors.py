@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from kfac_opt.curvature.block import CurvatureBlock, State
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt.layers import MatrixLayout
 from kfac_opt.likelihoods import Likelihood
 from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.posterior import Posterior, PosteriorBlock, PosteriorDamping, Width, unwrapped
@@ -55,7 +57,7 @@ def posterior_blocks(
     damping: PosteriorDamping = "exact",
     current: bool = True,
 ) -> list[PosteriorBlock]:
-    """Blocks of all layers that have curvature; the tensors may be those of the state, not copies.
+    """Blocks of what is trained and has curvature; the tensors may be those of the state, not copies.
 
     Args:
         names: of the parameters, by their id (:func:`parameter_names`).
@@ -69,18 +71,34 @@ def posterior_blocks(
         state, block = state_of(entry), entry.block
         if state is None or not _has_curvature(block, state, current):
             continue
+        trained = [parameter for parameter in entry.parameters if parameter.requires_grad]
+        if not trained:
+            continue  # frozen since: not random any more
+        form = block.spectral_form(state, current=current)
+        if len(trained) < len(entry.parameters):
+            blocks.append(_rest(names[id(trained[0])], block, form, width_of(entry), is_bias=trained[0] is entry.bias))
+            continue
         is_product = follows_refreshes(block)
         blocks.append(
             PosteriorBlock(
                 weight=names[id(entry.weight)],
                 bias=None if entry.bias is None else names[id(entry.bias)],
                 layout=block.layout,
-                form=block.spectral_form(state, current=current),
+                form=form,
                 width=width_of(entry),
                 damping=damping if is_product else "exact",
             )
         )
     return blocks
+
+
+def _rest(name: str, block: CurvatureBlock, form: SpectralForm, width: Width, *, is_bias: bool) -> PosteriorBlock:
+    """What is left of a layer's block when its bias or its weight was frozen: the diagonal of the other's Fisher matrix."""
+    weight, bias = block.layout.from_matrix(form.diagonal())
+    values = bias if is_bias else weight
+    assert values is not None
+    layout = MatrixLayout("flat", tuple(values.shape))
+    return PosteriorBlock(name, None, layout, SpectralForm(None, None, values.reshape(layout.shape)), width)
 
 
 def follows_refreshes(block: CurvatureBlock) -> bool:

@@ -118,12 +118,7 @@ class PosteriorBlock:
 
     def marginal_variance(self) -> Tensor:
         """Diagonal of the covariance, ``[groups, out_dim, in_dim]``."""
-        squares = SpectralForm(
-            None if self.form.output_basis is None else self.form.output_basis.square(),
-            None if self.form.input_basis is None else self.form.input_basis.square(),
-            self.form.eigenvalues,
-        )
-        return squares.rotate_back(self.spectrum)
+        return replace(self.form, eigenvalues=self.spectrum).diagonal()
 
     def with_width(self, width: Width) -> PosteriorBlock:
         """The same Fisher block under another data size, prior or floor."""

@@ -594,6 +594,40 @@ def test_groups_have_priors_of_their_own():
     assert float(optimizer.posterior().variance()["0.weight"].max()) <= 1 / 500.0
 
 
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis"])
+@pytest.mark.parametrize("frozen", [("0.weight", "0.bias"), ("0.weight",), ("0.bias",)])
+def test_what_is_frozen_during_the_training_is_no_longer_random(frozen: tuple[str, ...], curvature: str):
+    model, (x, y) = mlp(), data(seed=1)
+    optimizer = vi(model, curvature=curvature)
+    train(optimizer, model, 3)
+    named = dict(model.named_parameters())
+    for name in frozen:
+        named[name].requires_grad_(False)
+    before = weights(model)
+    train(optimizer, model, 1)
+    draws = []
+    for _ in optimizer.weight_samples(2):
+        draws.append(weights(model))
+        backward(model, x, y)
+    posterior = optimizer.posterior()
+    assert list(posterior.mean) == [name for name in named if name not in frozen]
+    assert torch.isfinite(predict(model, posterior, x, 3).probabilities).all()
+    for name in named:
+        moved = not torch.equal(draws[0][name], draws[1][name])
+        assert moved == (name not in frozen), name
+        assert torch.equal(weights(model)[name], before[name]) == (name in frozen), name
+    if len(frozen) == 1:  # the precision of what is left, given what is fixed: the diagonal of its Fisher block
+        diagonal = optimizer.curvature["0"].to_dense().diagonal().unflatten(0, (-1, len(named["0.bias"]))).T
+        left = diagonal[:, -1] if frozen == ("0.weight",) else diagonal[:, :-1]
+        name = "0.bias" if frozen == ("0.weight",) else "0.weight"
+        close(posterior.variance()[name], 1 / (100 * (left + 20.0 / 100)))
+    for name in frozen:
+        named[name].requires_grad_(True)
+    train(optimizer, model, 1)
+    assert list(optimizer.posterior().mean) == list(named)
+    assert len(optimizer.posterior().blocks) == 2
+
+
 def test_the_default_floor_keeps_the_noise_below_the_signal():
     model = Everything().double()
     with warnings.catch_warnings():
@@ -611,6 +645,32 @@ def test_the_default_floor_keeps_the_noise_below_the_signal():
     # Where data or prior bound the noise already, nothing is added.
     optimizer.param_groups[0]["prior_precision"] = 1e4
     assert all(block.width.floor == 0.0 for block in optimizer.posterior().blocks)
+
+
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis"])
+def test_diagonal_blocks_of_factors_are_those_of_the_covariance(curvature: str):
+    model, whole = mlp(), mlp()
+    optimizer = vi(model, curvature=curvature, max_block_dim=3)
+    train(optimizer, model, 2, samples=2)
+    train(vi(whole, curvature=curvature), whole, 2, samples=2)
+    assert not torch.equal(weights(model)["0.weight"], weights(whole)["0.weight"])
+    posterior = optimizer.posterior()
+    for block in posterior.blocks:
+        fisher = optimizer.curvature[block.weight.removesuffix(".weight")].to_dense()
+        dense = torch.linalg.inv(100 * (fisher + 0.2 * torch.eye(len(fisher), dtype=torch.float64)))
+        close(block.marginal_variance()[0], dense.diagonal().unflatten(0, (-1, block.layout.shape[1])).T)
+        close(block.spectrum.log().sum(), dense.logdet())
+
+
+def test_inverses_in_bfloat16_leave_the_draws_as_they_are():
+    drawn = []
+    for dtype in (None, torch.bfloat16):
+        model = mlp()
+        optimizer = vi(model, lr=0.0, inverse_dtype=dtype)
+        train(optimizer, model)
+        drawn.append([weights(model) for _ in optimizer.weight_samples(2)])
+        assert optimizer.state[model[0].weight]["curvature"]["input_inverse"].dtype == (dtype or torch.float64)
+    assert_same(drawn[0], drawn[1])
 
 
 def test_posterior_before_the_first_estimate_is_explained():

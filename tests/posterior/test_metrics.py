@@ -104,6 +104,8 @@ def test_impossible_label_has_infinite_likelihood():
         (torch.full((4, 2), 0.5), torch.zeros(3).long(), r"targets of shape \[3\]"),
         (torch.full((4, 2), 0.5), torch.zeros(4), "whole class number"),
         (torch.full((4,), 0.5), torch.zeros(4).long(), r"expected \[..., classes\]"),
+        (torch.full((2, 2), 0.5), torch.tensor([0, 2]), r"there are 2 classes, but targets from 0 to 2, expected 0 to 1"),
+        (torch.full((2, 2), 0.5), torch.tensor([-100, 1]), r"targets from -100 to 1.*probabilities\[targets >= 0\]"),
     ],
 )
 def test_bad_input_is_explained(probabilities: Tensor, targets: Tensor, message: str):

@@ -291,7 +291,8 @@ def test_logits_are_picked_and_keyword_inputs_understood(vectorize: Any):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be >= 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
+        ({"num_samples": 2.5}, "num_samples must be an integer >= 1, got 2.5"),
         ({"vectorize": "fast"}, "vectorize must be 'auto', 'loop' or 'vmap', got 'fast'"),
         ({"x": []}, "the loader has no batches"),
     ],

@@ -37,7 +37,7 @@ class GradientMean:
     def finish_pass(self, *, drop: bool = False) -> bool:
         """Takes the gradients of a completed pass; False if they are not finite (or ``drop``)."""
         gradients = [parameter.grad for parameter in self.parameters]
-        finite = not drop and _all_finite([gradient for gradient in gradients if gradient is not None])
+        finite = not drop and all_finite([gradient for gradient in gradients if gradient is not None])
         sums = self.sums if finite else self.dropped
         for index, gradient in enumerate(gradients):
             if gradient is not None:
@@ -84,7 +84,7 @@ class GradientMean:
             sums[:] = [None if total is None else next(summed) for total in sums]
 
 
-def _all_finite(gradients: Sequence[Tensor]) -> bool:
+def all_finite(gradients: Sequence[Tensor]) -> bool:
     """One read of the device for all; a gradient whose squares overflow single precision counts as broken."""
     if not gradients:
         return True

@@ -15,7 +15,7 @@ from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.drawing import DrawingOptimizer
 from kfac_opt.optim.draws import EVALUATION, Sampler, VariationalOptions, add_draw_, pair_of
-from kfac_opt.optim.passes import GradientMean, kept_batch_statistics
+from kfac_opt.optim.passes import GradientMean, all_finite, kept_batch_statistics
 from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.posterior import NoiseSource, restored_weights
 
@@ -52,6 +52,7 @@ class SamplingOptimizer(DrawingOptimizer):
         self._inside: str | None = None
         self._discard = False
         self._dropped_samples = 0
+        self._lost = False  # the step being taken has no finite gradient
         self._drop_passes()
 
     def _drop_passes(self) -> None:
@@ -60,6 +61,7 @@ class SamplingOptimizer(DrawingOptimizer):
         self._next_evaluation = 0
         self._noise_sum: dict[str, Tensor] = {}  # of the completed draws of this step
         self._noise_count = 0
+        self._all_dropped = False  # every pass of the last loop
         self._noise_mean: dict[int, Tensor] = {}  # of the step being taken, by the id of the parameter
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -77,8 +79,8 @@ class SamplingOptimizer(DrawingOptimizer):
         Run forward and backward in the body. After the loop every ``.grad`` is what it was before plus the mean over
         the passes, and the curvature statistics of the passes are joined. A pass that is left by an exception or
         ``break`` is dropped; one whose gradient is not finite is dropped and counted (``dropped_samples``); if all are
-        dropped, the sum of their gradients is left for a gradient scaler to find. Before the first estimate all
-        passes run at the mean.
+        dropped, the sum of their gradients is left for a gradient scaler to find, and a ``step()`` that is taken with
+        it leaves the weights alone. Before the first estimate all passes run at the mean.
 
         Args:
             num_samples: number of passes; None: that given at construction. With a ``sample_group`` it is the number
@@ -163,6 +165,7 @@ class SamplingOptimizer(DrawingOptimizer):
             self._inside = None
             self._next_draw = first + draws.stop
             gradients.install(self._sample_group())
+            self._all_dropped = gradients.completed == 0 and any(total is not None for total in gradients.dropped)
 
     @contextmanager
     def sampled_params(self, generator: torch.Generator | None = None) -> Iterator[None]:
@@ -232,7 +235,21 @@ class SamplingOptimizer(DrawingOptimizer):
                 self._discard = not math.isfinite(losses[-1])
         finally:
             samples.close()  # type: ignore[attr-defined]
+        if self._all_dropped:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
         return self._mean_loss(torch.stack(losses))
+
+    def _step_group(self, number: int, group: dict[str, Any]) -> None:
+        if not self._lost:
+            super()._step_group(number, group)
+
+    def _advance_curvature(self) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._lost = self._all_dropped and not all_finite(gradients)
+        self._all_dropped = False
+        super()._advance_curvature()
 
     def _mean_loss(self, losses: Tensor) -> Tensor:
         finite = torch.isfinite(losses)

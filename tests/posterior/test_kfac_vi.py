@@ -348,6 +348,33 @@ def test_closure_gives_the_same_step_as_the_loop_and_the_mean_loss():
     assert_same(results[0], results[1])
 
 
+@pytest.mark.parametrize("how", ["gradients", "closure", "loss"])
+def test_a_step_without_a_finite_pass_leaves_the_weights_alone(how: str):
+    model = mlp()
+    optimizer = vi(model, num_samples=2)
+    train(optimizer, model, 2, samples=2)
+    before, (x, y) = weights(model), data()
+    optimizer.zero_grad(set_to_none=False)
+
+    def closure() -> Tensor:
+        loss = backward(model, x if how == "loss" else x * math.nan, y)
+        return loss * math.inf if how == "loss" else loss
+
+    if how == "gradients":
+        for _ in optimizer.weight_samples():
+            closure()
+        optimizer.step()
+    else:
+        assert not math.isfinite(optimizer.step(closure))
+    assert optimizer.dropped_samples == 2
+    assert_same(weights(model), before)
+    train(optimizer, model, 2, samples=2)  # and the next one goes on
+    assert all(torch.isfinite(value).all() and not torch.equal(value, before[name]) for name, value in weights(model).items())
+    backward(model, x, y)  # a plain step after passes that were given up
+    optimizer.step()
+    assert not torch.equal(weights(model)["0.weight"], before["0.weight"])
+
+
 def test_closure_drops_non_finite_losses_and_returns_the_mean_of_the_others():
     model = mlp()
     optimizer = vi(model, num_samples=4)

@@ -183,21 +183,24 @@ class SettingStudy:
     def counts(self) -> Counts:
         """How far the search is."""
         trials = self.study.get_trials(deepcopy=False)
+        finished = sum(1 for t in trials if t.state == TrialState.COMPLETE)
+        waiting = sum(1 for t in trials if t.state == TrialState.WAITING)
+        return Counts(finished, len(self._running(trials)), waiting)
+
+    def _running(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Trials that may still finish: a worker that died before its first heartbeat never counts as dead for optuna."""
         finished = [t for t in trials if t.state == TrialState.COMPLETE]
         longest = max((t.duration.total_seconds() for t in finished[-20:] if t.duration is not None), default=math.inf)
-        # A worker that died before its first heartbeat never counts as dead for optuna: give up waiting for it.
         patience = max(2.0 * self.config.grace_seconds, 20.0 * longest)
-        running = [t for t in trials if t.state == TrialState.RUNNING and _age(t) < patience]
-        waiting = sum(1 for t in trials if t.state == TrialState.WAITING)
-        return Counts(len(finished), len(running), waiting)
+        return [t for t in trials if t.state == TrialState.RUNNING and _age(t) < patience]
 
     def run_one(self, task: Task, on_trial: Callable[[Setting, TrialResult], None]) -> None:
         """Asks for one trial, runs it and records it. Trials beyond the budget are given back unrun."""
 
         def objective(trial: optuna.Trial) -> float:
-            frozen = self.study.get_trials(deepcopy=False)
-            busy = (TrialState.COMPLETE, TrialState.RUNNING)
-            if sum(1 for t in frozen if t.state in busy and t.number < trial.number) >= self.config.num_trials:
+            trials = self.study.get_trials(deepcopy=False)
+            busy = [*self._running(trials), *(t for t in trials if t.state == TrialState.COMPLETE)]
+            if sum(1 for t in busy if t.number < trial.number) >= self.config.num_trials:
                 raise SurplusTrial(f"trial {trial.number} is beyond the budget of {self.config.num_trials}")
             values = suggest(trial, self.config.ranges(self.setting))
             seed = self.config.training_seed + place_of(self.study, trial.number)

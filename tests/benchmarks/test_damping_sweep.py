@@ -27,6 +27,7 @@ from benchmarks import damping_sweep
 from benchmarks.common.config import ConfigError, load_config
 from benchmarks.common.search import SearchRange
 from benchmarks.common.tasks import Task
+from benchmarks.damping import study as study_module
 from benchmarks.damping.config import HistogramConfig, OptimizerSettings, Setting, SweepConfig
 from benchmarks.damping.results import COLUMNS, keep_best, load_rows, measure_speed, summarize
 from benchmarks.damping.spectra import factored_extremes
@@ -258,24 +259,47 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
+def test_a_trial_whose_worker_died_before_its_first_heartbeat_takes_no_place_in_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(tmp_path, dampings=[1.0], num_spectra=0)
+    abandoned = [study.study.ask().number for study in open_studies(config)]  # running for ever, without a heartbeat
+    monkeypatch.setattr(study_module, "_age", lambda trial: math.inf if trial.number in abandoned else 0.0)
+    monkeypatch.setattr(study_module, "_await_dead", lambda *_: None)
+    asked = []
+    run_one = study_module.SettingStudy.run_one
+
+    def counted(self, *arguments):
+        asked.append(1)
+        assert len(asked) <= 2 * config.num_trials, "trials beyond the budget are asked for again and again"
+        run_one(self, *arguments)
+
+    monkeypatch.setattr(study_module.SettingStudy, "run_one", counted)
+    run_sweep(config)
+    assert all(len(study.finished()) == config.num_trials for study in open_studies(config))
+
+
 def freeze_in_a_trial(config: SweepConfig, number: int, process: subprocess.Popen) -> None:
     """Stops the process when ``number`` trials have finished and another one is running."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         os.killpg(process.pid, signal.SIGSTOP)
         states = peek(config.folder / "trials.sqlite3")
-        if states.count("COMPLETE") >= number and "RUNNING" in states:
+        if states.count("COMPLETE") >= number and "RUNNING" in states:  # and it has been heard of once
             return
         os.killpg(process.pid, signal.SIGCONT)
         time.sleep(0.2)
     raise AssertionError("the sweep did not get to the middle")
 
 
+HEARD_OF = "select state from trials where state != 'RUNNING' or trial_id in (select trial_id from trial_heartbeats)"
+
+
 def peek(database: Path) -> list[str]:
     """States of all trials; empty when the file is not there yet or a stopped process is just writing to it."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.1)) as connection:
-            return [state for (state,) in connection.execute("select state from trials")]
+            return [state for (state,) in connection.execute(HEARD_OF)]
     except sqlite3.OperationalError:
         return []
 

@@ -79,7 +79,9 @@ class KFAC(CurvatureOptimizer):
         refresh_tolerance: a layer whose factors and damping have changed by at most this, relative, since its last refresh
             skips its turn (``skipped_refreshes`` counts). The change is the Frobenius norm's, estimated by the product of
             each factor with one vector, ``n`` numbers kept and ``n²`` operations instead of ``n³``; it hardly sees
-            directions of little curvature. 0, the default, never skips: nothing is estimated.
+            directions of little curvature. 0, the default, never skips and estimates nothing; on digits (64-128-128-10,
+            inverses every 10 steps) 0.2 skips 56 % of the turns and 1 skips 88 %, at 1.05 and 1.4 times the final training
+            loss (``benchmarks/refresh_tolerance.py``).
         weight_sharing: ``"expand"`` treats positions as examples, ``"reduce"`` joins them first (Eschenhagen et al.
             2023). Layers hold their examples along the first dimension (``batch_first=True`` in torch's modules):
             ``"reduce"``, EKFAC's scales and norm layers sum per example; the factors of ``"expand"`` do not mind.

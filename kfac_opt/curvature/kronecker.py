@@ -31,7 +31,7 @@ SIDES = ("input", "output")
 MAX_FAILURES = 3
 LATE_RATIO = 2  # an input that is so many times smaller than its second moment is kept in its place
 Refreshed = dict[str, list[Tensor]]  # new tensors by the name of the state they go to: of inverses one for each block
-Work = Callable[[], Refreshed]
+Work = Callable[..., Refreshed]  # of nothing, or of what another solved already
 
 
 class KroneckerBlock(CurvatureBlock):
@@ -207,13 +207,27 @@ class KroneckerBlock(CurvatureBlock):
         names = [*(f"{side}_factor" for side in SIDES), "weight"]
         given = {name: state[name].clone() if detached else state[name] for name in names}
 
-        def work() -> Refreshed:
+        def work(solved: Refreshed | None = None) -> Refreshed:
             new = {name: [value] for name, value in now.items()}
+            if solved is not None:
+                return {**new, **solved}
             if self.keeps_basis and moved:
                 new |= self._bases(given)
             return new if self.in_basis else {**new, **self._inverses(given, gamma, None if detached else state)}
 
         return work
+
+    def problems(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What a refresh of whole dense sides has to solve: ``(X + γ)⁻¹``, or with γ None the eigenbasis, by name of state."""
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        if self.keeps_basis and not torch.equal(state["refreshed_estimates"], state["estimates"]):
+            found |= {f"{name}_basis": (self._factor_blocks(state, name)[0], None) for name in SIDES}
+        if not self.in_basis:
+            weights, splits = self._weights_and_splits(state, damping.of(state))
+            for name, side in self.sides.items():
+                matrix = side.unpacked(state[f"{name}_factor"])[0].div_(weights.reshape(-1, 1, 1))
+                found[f"{name}_inverse"] = matrix, splits[name]
+        return found
 
     def _hardly_moved(self, state: State, now: dict[str, Tensor]) -> bool:
         """Whether what the last refresh made is as good as new."""
@@ -257,19 +271,23 @@ class KroneckerBlock(CurvatureBlock):
 
     def _inverses(self, given: State, gamma: Tensor, into: State | None) -> Refreshed:
         """Of both sides; the larger one comes last and may go straight into the state ``into``."""
-        weight = float(given["weight"])
-        means = {name: side.diagonal(given[f"{name}_factor"]).mean(-1) / weight for name, side in self.sides.items()}
-        splits = self._splits(means, gamma)
-        # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
-        # factor must not shrink it (a saturated softmax has G = 0 and a gradient).
-        curved = (means["input"] > 0) & (means["output"] > 0)
-        weights = torch.full_like(gamma, weight).where(curved, torch.inf)
+        weights, splits = self._weights_and_splits(given, gamma)
         inverses: Refreshed = {}
         for name in sorted(SIDES, key=lambda name: self.sides[name].cost()):
             key, side = f"{name}_inverse", self.sides[name]
             target = None if into is None or name != max(SIDES, key=lambda n: self.sides[n].cost()) else into[key]
             inverses[key] = side.inverses(given[f"{name}_factor"], weights, splits[name], self.inverse_dtype, target)
         return inverses
+
+    def _weights_and_splits(self, given: State, gamma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """By what the averages are divided, ``[groups]``, and the damping of each side."""
+        weight = float(given["weight"])
+        means = {name: side.diagonal(given[f"{name}_factor"]).mean(-1) / weight for name, side in self.sides.items()}
+        splits = self._splits(means, gamma)
+        # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
+        # factor must not shrink it (a saturated softmax has G = 0 and a gradient).
+        curved = (means["input"] > 0) & (means["output"] > 0)
+        return torch.full_like(gamma, weight).where(curved, torch.inf), splits
 
     def _bases(self, given: State) -> Refreshed:
         new: Refreshed = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from kfac_opt.curvature.block import Damping, State, Statistics
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.curvature.passes import Pending
+from kfac_opt.curvature.stacked import refresh_stacked, stacks
 from kfac_opt.distributed import active_group, assign_owners, rank, send_from_owners_, sum_over_ranks_
 from kfac_opt.linalg import FactorizationError
 from kfac_opt.optim.background import Background
@@ -151,9 +152,15 @@ class Estimation:
         owners = assign_owners([self.tracked[name].block.refresh_cost() for name in chosen], ranks)
         me = rank(group)
         error: FactorizationError | None = None
+        mine = [name for name, owner in zip(chosen, owners) if owner == me]
+        together = [name for name in mine if stacks(self.tracked[name].block, states[name])]
+        layers = [(cast(KroneckerBlock, self.tracked[n].block), states[n], damping(self.tracked[n])) for n in together]
+        for name, reason in zip(together, refresh_stacked(layers)):
+            if reason is not None:
+                error = _named(name, reason)
         with shared_workspace():
-            for name, owner in zip(chosen, owners):
-                if owner != me:
+            for name in mine:
+                if name in together:
                     continue
                 try:
                     self.tracked[name].block.refresh(states[name], damping(self.tracked[name]))

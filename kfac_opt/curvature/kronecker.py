@@ -2,53 +2,39 @@ r"""Kronecker-factored blocks, :math:`F \approx A \otimes G` (Martens & Grosse 2
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kfac_opt.curvature.block import (
-    Call,
-    CurvatureBlock,
-    Damping,
-    LateSum,
-    State,
-    Statistics,
-    average_into,
-    average_weight,
-)
+from kfac_opt.curvature.block import Damping, State
+from kfac_opt.curvature.factors import SIDES, FactorBlock
 from kfac_opt.curvature.gradient_rows import outer, rows_that_pay
 from kfac_opt.curvature.movement import movement, sketches
-from kfac_opt.curvature.sides import Side
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
-from kfac_opt.linalg import FactorizationError, pack_triangle, pi_correction, split_damped
+from kfac_opt.linalg import FactorizationError, pi_correction, split_damped
 
 DampingStyle = Literal["factored", "exact", "split"]
-SIDES = ("input", "output")
 MAX_FAILURES = 3
-LATE_RATIO = 2  # an input that is so many times smaller than its second moment is kept in its place
 Refreshed = dict[str, list[Tensor]]  # new tensors by the name of the state they go to: of inverses one for each block
 Work = Callable[..., Refreshed]  # of nothing, or of what another solved already
 
 
-class KroneckerBlock(CurvatureBlock):
-    r"""``A ⊗ G`` with ``A = (1/N) Σ a aᵀ`` (positions summed) and ``G = (1/R) Σ g gᵀ`` (rows averaged).
+class KroneckerBlock(FactorBlock):
+    r"""``A ⊗ G`` of the averaged factors (``factors``): its inverse, and the products with it.
 
     ``style="factored"`` preconditions with :math:`(G + \sqrt\gamma/\pi)^{-1} V (A + \pi\sqrt\gamma)^{-1}`, ``"exact"``
     with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases, ``"split"`` as the factored style, but there. ``basis``
     keeps eigenbases beside the inverses of the factored style (posterior samples need them, and two products with
     inverses cost half of four with bases).
 
-    A side larger than ``max_block_dim`` keeps diagonal blocks of its factor, one larger than ``max_factor_dim``, or the
-    input of an embedding, only its diagonal. ``inverse_dtype`` is that of the stored inverses and of the products with
+    ``inverse_dtype`` is that of the stored inverses and of the products with
     them (``dtype`` if None). A refresh is skipped where the factors have moved by at most ``refresh_tolerance``
     (``movement``).
     """
 
-    needs_input = False
     refreshable = True
 
     def __init__(
@@ -64,63 +50,12 @@ class KroneckerBlock(CurvatureBlock):
         inverse_dtype: torch.dtype | None = None,
         refresh_tolerance: float = 0.0,
     ) -> None:
-        super().__init__(adapter.layout, adapter, dtype, sharing)
-        self.layer = adapter
+        super().__init__(adapter, dtype, sharing, max_factor_dim=max_factor_dim, max_block_dim=max_block_dim)
         self.style = style
         self.inverse_dtype = dtype if inverse_dtype is None else inverse_dtype
         self.refresh_tolerance = refresh_tolerance
         self.in_basis = style != "factored"  # where the gradient is preconditioned
         self.keeps_basis = basis or self.in_basis
-        groups, out_dim, in_dim = self.layout.shape
-        self.groups = groups
-        self.dims = {"input": in_dim, "output": out_dim}
-        self.dense_sides = {
-            "input": in_dim <= max_factor_dim and not adapter.diagonal_input,
-            "output": out_dim <= max_factor_dim,
-        }
-        units = {"input": adapter.features_per_channel, "output": 1}
-        self.sides = {
-            side: Side(n, groups, dense=self.dense_sides[side], max_block_dim=max_block_dim, unit=units[side])
-            for side, n in self.dims.items()
-        }
-
-    # -- collecting ---------------------------------------------------------------------------------------------
-
-    def add_input(self, statistics: Statistics, call: Call) -> None:
-        side = self.sides["input"]
-        sum_bytes = math.prod(side.sum_shape) * self.dtype.itemsize
-        if side.packs_at_once and LATE_RATIO * call.x.nbytes <= sum_bytes:
-            # The sums of all layers would wait for the step side by side, beside the activations.
-            copy = Call(call.x.clone(), call.positions, call.keep)
-            statistics.put_off(LateSum(copy, self._input_sum, sum_bytes))
-        else:
-            statistics.add("input", self._input_sum(call))
-
-    def _input_sum(self, call: Call) -> Tensor:
-        """What the input of one call adds, ``sum_shape``."""
-        side, layer = self.sides["input"], self.layer
-        how = call.x, call.keep, self.sharing, self.dtype
-        rows = layer.input_moment_rows(*how) if side.packs_at_once and not side.blocked else None
-        packed = None if rows is None else side.packed_rows(rows, self.dtype, call.x.device)
-        if packed is not None:
-            return packed
-        if not side.dense:
-            return layer.input_square(*how)
-        moments = layer.input_block_moments(*how, side.ranges) if side.blocked else [layer.input_moment(*how)]
-        return side.packed(moments) if side.packs_at_once else moments[0]
-
-    def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
-        side, layer = self.sides["output"], self.layer
-        for call, gradient in zip(calls, gradients):
-            how = gradient, call.keep, self.sharing, self.dtype
-            if not side.dense:
-                statistics.add("output", layer.output_square(*how))
-            else:
-                moments = layer.output_block_moments(*how, side.ranges) if side.blocked else [layer.output_moment(*how)]
-                statistics.add("output", side.packed(moments) if side.packs_at_once else moments[0])
-
-    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: side.sum_shape for name, side in self.sides.items()}
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -144,36 +79,6 @@ class KroneckerBlock(CurvatureBlock):
             if side.dense:
                 state[f"{name}_basis"] = torch.zeros(side.basis_shape, dtype=self.dtype, device=device)
         return state
-
-    def update(self, state: State, statistics: Statistics, num_terms: int, decay: float) -> None:
-        if not statistics.num_rows or "output" not in statistics.sums:
-            return
-        statistics.settle()
-        for name, count in (("input", num_terms), ("output", statistics.num_rows)):
-            total, side = statistics.sums.pop(name), self.sides[name]  # gone before the next layer's is formed
-            packed = pack_triangle(total) if side.dense and not side.packs_at_once else total
-            average_into(state[f"{name}_factor"], packed, decay, count)
-        average_weight(state, decay)
-        self._track_scale(state)
-
-    def _track_scale(self, state: State) -> None:
-        """τ = (tr A / dim A)(tr G / dim G) √(dim A · dim G), groups averaged, and the largest so far."""
-        weight = float(state["weight"])
-        means = [side.diagonal(state[f"{name}_factor"]).mean(-1) / weight for name, side in self.sides.items()]
-        size = self.dims["input"] * self.dims["output"]
-        state["scale"].copy_((means[0] * means[1]).mean() * size**0.5)
-        torch.maximum(state["scale_max"], state["scale"], out=state["scale_max"])
-
-    def factor(self, state: State, side: str) -> Tensor:
-        """The averaged factor ``[groups, n, n]``, or its diagonal ``[groups, n]``."""
-        blocks = self._factor_blocks(state, side)
-        return self.sides[side].whole(blocks) if self.dense_sides[side] else blocks[0]
-
-    def _factor_blocks(self, state: State, name: str) -> list[Tensor]:
-        """Diagonal blocks ``[groups, n, n]`` of the averaged factor, or its diagonal alone."""
-        factor, side = state[f"{name}_factor"], self.sides[name]
-        blocks = side.unpacked(factor) if side.dense else [factor.clone()]
-        return [block.div_(float(state["weight"])) for block in blocks]
 
     # -- refresh ------------------------------------------------------------------------------------------------
 

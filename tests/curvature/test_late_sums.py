@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfac_opt import KFAC
-from kfac_opt.curvature import kronecker, sides
+from kfac_opt.curvature import factors, sides
 
 BATCH = 3
 
@@ -45,7 +45,7 @@ def run(model, optimizer, passes, disturb=lambda x: None):
 def test_factors_are_those_of_sums_formed_at_once(passes, options, monkeypatch):
     waiting, late = run(*make(**options), passes)
     assert waiting > 0
-    monkeypatch.setattr(kronecker, "LATE_RATIO", math.inf)
+    monkeypatch.setattr(factors, "LATE_RATIO", math.inf)
     waiting, expected = run(*make(**options), passes)
     assert waiting == 0
     for found, wanted in zip(late, expected):

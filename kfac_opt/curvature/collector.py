@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac_opt.curvature.backward import gradients_at, read_gradients
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
-from kfac_opt.curvature.hooks import WeakHook
+from kfac_opt.curvature.hooks import WeakHook, is_transformed
 from kfac_opt.curvature.passes import Pass, Pending
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.proof import verdicts
@@ -138,7 +138,7 @@ class Collector:
                 "nn.DataParallel copies the model at every forward, and its hooks see only a part of the batch. Use "
                 "torch.nn.parallel.DistributedDataParallel (one process per device) or a single device."
             )
-        running.current = Pass() if counts and not _is_transformed() else None
+        running.current = Pass() if counts and not is_transformed() else None
 
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         current = self._running.current
@@ -376,13 +376,6 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.current: Pass | None = None
         self.depth = 0
-
-
-def _is_transformed() -> bool:
-    """Inside ``torch.func`` transforms, tracing or exporting there is no batch of data to take statistics of."""
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return functorch or bool(tracing) or torch.compiler.is_compiling()
 
 
 def _let_go(holder: int, handles: list[RemovableHandle]) -> None:

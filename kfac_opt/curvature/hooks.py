@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +49,10 @@ def without_hooks(targets: Iterable[Any]) -> Iterator[None]:
     finally:
         for hooks, entries in zip(hooked, kept):
             hooks.update(entries)
+
+
+def is_transformed() -> bool:
+    """Inside ``torch.func`` transforms, tracing or exporting there is no batch of data to take statistics of."""
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return functorch or bool(tracing) or torch.compiler.is_compiling()

@@ -25,6 +25,7 @@ from benchmarks.common.results import provenance, write_json
 from benchmarks.common.tables import text_table
 from benchmarks.common.timing import Timed, cycle_ratio, interleave
 from kfac_opt import KFAC, KFACVI
+from kfac_opt.posterior import Posterior
 from kfac_opt.prediction import predict
 
 PERIOD = 100  # steps between refreshes, the default
@@ -115,6 +116,7 @@ def _training(config: TimeConfig) -> dict[str, float]:
         "KFACVI": variational_step,
         "draw": posterior.sample,
         "draws": lambda: [posterior.sample() for _ in range(AT_ONCE)],
+        "pairs": lambda: _pairs(posterior, AT_ONCE // 2),
         "forward + backward": plain,
     }
     with progress(config.rounds, "training") as bar:
@@ -129,12 +131,23 @@ def _training(config: TimeConfig) -> dict[str, float]:
         )
     period = min(PERIOD, config.rounds)
     plain_seconds = statistics.median(times["forward + backward"])
+    row = {name: statistics.median(times[name]) / AT_ONCE / plain_seconds for name in ("draws", "pairs")}
     return {
         "KFACVI step, one sample / KFAC step": cycle_ratio(times["KFACVI"], times["KFAC"], period),
         "one draw alone / forward + backward": statistics.median(times["draw"]) / plain_seconds,
-        f"one of {AT_ONCE} draws in a row / forward + backward": statistics.median(times["draws"]) / AT_ONCE / plain_seconds,
+        f"one of {AT_ONCE} draws in a row / forward + backward": row["draws"],
+        f"one of {AT_ONCE} draws in antithetic pairs / forward + backward": row["pairs"],
         "KFAC step / forward + backward": cycle_ratio(times["KFAC"], times["forward + backward"], period),
     }
+
+
+def _pairs(posterior: Posterior, number: int) -> list[dict[str, Tensor]]:
+    """μ ± ε, the draws of training with two samples or more."""
+    return [
+        {name: torch.add(mean, noise[name], alpha=sign) for name, mean in posterior.mean.items()}
+        for noise in posterior.deviations(number)
+        for sign in (1, -1)
+    ]
 
 
 def _prediction(config: TimeConfig) -> dict[str, float]:
@@ -155,18 +168,20 @@ def _prediction(config: TimeConfig) -> dict[str, float]:
             for _ in range(config.predict_samples):
                 net(inputs)
 
-        def ensemble(vectorize: Any, inputs: Tensor = inputs) -> Callable[[], Any]:
-            return lambda: predict(net, posterior, inputs, config.predict_samples, vectorize=vectorize)
+        def ensemble(vectorize: Any, antithetic: bool = False, inputs: Tensor = inputs) -> Callable[[], Any]:
+            samples = config.predict_samples
+            return lambda: predict(net, posterior, inputs, samples, vectorize=vectorize, antithetic=antithetic)
 
+        ensembles = {"loop": ensemble("loop"), "loop, antithetic": ensemble("loop", True), "vmap": ensemble("vmap")}
         times = interleave(
-            {"plain": Timed(forwards), "loop": Timed(ensemble("loop")), "vmap": Timed(ensemble("vmap"))},
+            {"plain": Timed(forwards), **{name: Timed(ensemble) for name, ensemble in ensembles.items()}},
             max(3, config.rounds // 20),
             warmup=1,
             device=config.device,
             clock=_clock(config),
         )
         plain = statistics.median(times["plain"])
-        for name in ("loop", "vmap"):
+        for name in ensembles:
             key = f"predict, batch {size}, {name} / {config.predict_samples} plain forwards"
             ratios[key] = statistics.median(times[name]) / plain
     return ratios

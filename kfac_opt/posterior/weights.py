@@ -60,13 +60,13 @@ def load_weights_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Non
 
 
 @torch.no_grad()
-def write_draw_(parameters: Sequence[Tensor], means: Sequence[Tensor], noise: Sequence[Tensor]) -> None:
-    """``w ← μ + ε`` into ``parameters``, added in the wider of both dtypes and on the device of the means."""
+def write_draw_(parameters: Sequence[Tensor], means: Sequence[Tensor], noise: Sequence[Tensor], sign: float = 1.0) -> None:
+    """``w ← μ + sign · ε`` into ``parameters``, added in the wider of both dtypes and on the device of the means."""
     for parameter, mean, part in zip(parameters, means, noise):
         if parameter.dtype == mean.dtype == part.dtype and parameter.device == mean.device:
-            torch.add(mean, part, out=parameter)
+            torch.add(mean, part, alpha=sign, out=parameter)
         else:
-            parameter.copy_((mean + part).to(mean.dtype))
+            parameter.copy_((mean + sign * part).to(mean.dtype))
 
 
 @contextmanager

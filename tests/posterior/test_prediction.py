@@ -95,6 +95,35 @@ def test_the_given_generator_advances_by_one_draw_per_sample():
     assert torch.equal(source.get_state(), counted.get_state())
 
 
+@pytest.mark.parametrize("vectorize", ["loop", "vmap"])
+@pytest.mark.parametrize("number", [1, 36, 37])
+def test_antithetic_draws_are_pairs_around_the_mean_and_an_odd_last_one_stands_alone(number: int, vectorize: Any):
+    model, (x, _) = net(), data(8)
+    posterior, source, mean = around(model), generator(), around(model).mean
+    expected = []
+    with torch.no_grad():
+        for draw in [posterior.sample(source) for _ in range((number + 1) // 2)]:
+            mirrored = {name: 2 * mean[name] - value for name, value in draw.items()}
+            expected += [functional_call(model, weights, (x,)).softmax(-1) for weights in (draw, mirrored)]
+    drawn = generator()
+    prediction = predict(model, posterior, x, number, drawn, vectorize, antithetic=True, keep_samples=True)
+    close(prediction.samples, torch.stack(expected[:number]))
+    close(prediction.probabilities, torch.stack(expected[:number]).mean(0))
+    assert torch.equal(drawn.get_state(), source.get_state())  # half the random numbers
+
+
+def test_antithetic_pairs_predict_the_mean_of_a_linear_model_without_error():
+    from kfac_opt.likelihoods import Gaussian
+
+    model, (x, _) = nn.Linear(4, 2, dtype=torch.float64), data()
+    posterior = around(model, Gaussian(variance=0.25), WIDTH)
+    independent, paired = (
+        predict(model, posterior, [x[:3], x[3:]], 10, generator(), antithetic=antithetic) for antithetic in (False, True)
+    )
+    close(paired.probabilities, model(x).detach())
+    assert bool(((independent.probabilities - model(x)).abs() > 1e-3).any())
+
+
 def test_without_a_generator_the_posterior_goes_on_drawing():
     model, (x, _) = net(), data()
     posterior = around(model)

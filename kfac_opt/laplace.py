@@ -22,14 +22,15 @@ from kfac_opt.curvature.empirical import make_collector
 from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.likelihoods import Gaussian, Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.optim.estimation import Estimation
-from kfac_opt.optim.options import check_model, check_number, derive_seed, parameter_groups, seeded
+from kfac_opt.optim.options import check_model, check_number, parameter_groups
 from kfac_opt.optim.posteriors import build_posterior, parameter_names, posterior_blocks
+from kfac_opt.optim.seeds import LABELS, derive_seed, seeded
 from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, track
 from kfac_opt.outputs import pick_logits
-from kfac_opt.posterior import Posterior, PosteriorBlock, Width, unwrapped
+from kfac_opt.posterior import Posterior, PosteriorBlock, Width
+from kfac_opt.wrappers import unwrapped
 
 Batches = Iterable[tuple[Any, Tensor]]
-LABELS = 1  # purpose number of the seeds of sampled labels, as in the optimizers
 
 
 def fit_laplace(

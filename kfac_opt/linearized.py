@@ -16,8 +16,9 @@ from torch.func import functional_call, jacrev, vmap
 
 from kfac_opt.likelihoods import Gaussian
 from kfac_opt.outputs import pick_logits
-from kfac_opt.posterior import Posterior, parameters_of, unwrapped
+from kfac_opt.posterior import Posterior, parameters_of
 from kfac_opt.prediction import Inputs, Prediction, batches_of, concatenated, summarize
+from kfac_opt.wrappers import unwrapped
 
 CHUNK_ENTRIES = 2**25  # of Jacobians held at a time: 128 MB in single precision
 

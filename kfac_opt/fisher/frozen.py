@@ -20,6 +20,7 @@ from kfac_opt.curvature.hooks import WeakHook
 from kfac_opt.fisher.data import Batch
 from kfac_opt.layers import LayerAdapter, find_adapter
 from kfac_opt.outputs import pick_logits
+from kfac_opt.wrappers import unwrapped
 
 Parameters = dict[str, Tensor]
 
@@ -97,7 +98,7 @@ class FrozenModel:
     def __init__(self, model: nn.Module, outputs: Callable[[Any], Any] | None, owner: str) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{owner}: model is {type(model).__name__}, expected a torch.nn.Module.")
-        self.module = _unwrapped(model)
+        self.module = unwrapped(model)
         self.outputs, self.owner = outputs, owner
         named = dict(self.module.named_parameters())
         trainable = {name: p for name, p in named.items() if p.requires_grad}
@@ -245,13 +246,6 @@ def _plain_pull_back(function: Callable[[Parameters], Tensor], values: Parameter
         return {name: torch.zeros_like(v) if g is None else g for (name, v), g in zip(leaves.items(), gradients)}
 
     return pull
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return _unwrapped(model.module)
-    return model
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

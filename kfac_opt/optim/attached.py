@@ -15,18 +15,16 @@ from torch.optim import Optimizer
 from kfac_opt.curvature.block import Damping, State
 from kfac_opt.curvature.empirical import make_collector
 from kfac_opt.curvature.gradient_rows import GradientRows
-from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.distributed import active_group, rank
-from kfac_opt.layers.linear import LinearAdapter
 from kfac_opt.likelihoods import Likelihood, make_likelihood
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.estimation import Estimation
-from kfac_opt.optim.options import derive_seed, seeded
+from kfac_opt.optim.seeds import LABELS, derive_seed, seeded
 from kfac_opt.optim.settings import CurvatureOptions
-from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, replaced, track, uncovered
+from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, few_rows, replaced, track, uncovered
 from kfac_opt.optim.views import CurvatureMapping, CurvatureView
+from kfac_opt.wrappers import unwrapped
 
-LABELS = 1  # purpose numbers of derived seeds
 INTERVALS = ("factor_interval", "inverse_interval")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedOptimizer]] = weakref.WeakKeyDictionary()
@@ -88,7 +86,7 @@ class AttachedOptimizer(Optimizer):
             self._arm()
 
     def _attach(self, model: nn.Module) -> None:
-        root = _unwrapped(model)
+        root = unwrapped(model)
         other = _attached.get(root)
         if other is not None and other() not in (None, self):
             raise RuntimeError(
@@ -142,7 +140,7 @@ class AttachedOptimizer(Optimizer):
         views = {name: self._view(name, tracked) for name, tracked in self._tracked.items()}
         self._views = CurvatureMapping(views)
         if self._rows is not None:
-            self._rows.attach(_few_rows(self._tracked))
+            self._rows.attach(few_rows(self._tracked))
 
     def _cover_unfrozen(self) -> bool:
         """Gives blocks to parameters that were frozen when the blocks were made and are trained now."""
@@ -184,7 +182,7 @@ class AttachedOptimizer(Optimizer):
             self._collector.detach()
             if self._rows is not None:
                 self._rows.detach()
-            _attached.pop(_unwrapped(self._model), None)
+            _attached.pop(unwrapped(self._model), None)
         self._model = None
 
     def _require_model(self) -> nn.Module:
@@ -329,22 +327,6 @@ class AttachedOptimizer(Optimizer):
             self._track()
 
 
-def _few_rows(tracked: Mapping[str, TrackedBlock]) -> dict[str, tuple[nn.Module, int]]:
-    """Layers whose gradients are worth keeping as products, with the number of rows up to which they are."""
-    found: dict[str, tuple[nn.Module, int]] = {}
-    for name, entry in tracked.items():
-        if (
-            entry.module is None
-            or not isinstance(entry.block, KroneckerBlock)
-            or not isinstance(entry.block.layer, LinearAdapter)
-        ):
-            continue
-        limit = entry.block.rows_that_pay()
-        if limit > 0:
-            found[name] = entry.module, limit
-    return found
-
-
 class _PassGenerators:
     """A private generator for each pass: from the base seed, the rank, the step and the pass alone."""
 
@@ -357,14 +339,3 @@ class _PassGenerators:
         group = active_group(optimizer._options.process_group)
         seed = derive_seed(optimizer._base_seed, LABELS, rank(group), optimizer._step_count(), index)
         return seeded(seed, device)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that runs the layers, behind DistributedDataParallel and torch.compile's wrapper."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model

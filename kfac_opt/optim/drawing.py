@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.base import CurvatureOptimizer
-from kfac_opt.optim.draws import WEIGHTS, Covariances, NoiseAhead, VariationalOptions
-from kfac_opt.optim.options import derive_seed, seeded
+from kfac_opt.optim.draws import Covariances, NoiseAhead, VariationalOptions
 from kfac_opt.optim.output_noise import choose_layers
 from kfac_opt.optim.posteriors import follows_refreshes, parameter_names, posterior_blocks, safe_floor
 from kfac_opt.optim.schedule import factors_due
+from kfac_opt.optim.seeds import WEIGHTS, derive_seed, seeded
 from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.posterior import PosteriorBlock, Width

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.output_noise import noisy_outputs
+from kfac_opt.optim.seeds import OUTPUTS
 from kfac_opt.posterior import NoiseSource, PosteriorBlock, PosteriorDamping, load_weights_
-
-WEIGHTS, OUTPUTS, EVALUATION, POSTERIOR = 2, 3, 4, 5  # purpose numbers of derived seeds
 
 
 @dataclass(frozen=True)

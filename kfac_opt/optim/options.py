@@ -194,22 +194,3 @@ def check_gradient(owner: str, name: str, gradient: Tensor) -> None:
         raise RuntimeError(
             f"{owner}: the gradient of '{name}' is sparse, expected a dense one. Build the embedding with sparse=False."
         )
-
-
-def derive_seed(base: int, *purpose: int) -> int:
-    """A seed for one purpose, independent of its neighbours: a 63-bit mix of the base seed and the numbers."""
-    value = base & 0xFFFFFFFFFFFFFFFF
-    for number in purpose:
-        # splitmix64's finalizer, once per number
-        value = (value + 0x9E3779B97F4A7C15 * (number + 1)) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 31
-    return value >> 1
-
-
-def seeded(seed: int, device: torch.device) -> torch.Generator:
-    """A private generator on this device."""
-    generator = torch.Generator(device)
-    generator.manual_seed(seed)
-    return generator

@@ -14,7 +14,8 @@ from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import MatrixLayout
 from kfac_opt.likelihoods import Likelihood
 from kfac_opt.optim.tracking import TrackedBlock
-from kfac_opt.posterior import Posterior, PosteriorBlock, PosteriorDamping, Width, unwrapped
+from kfac_opt.posterior import Posterior, PosteriorBlock, PosteriorDamping, Width
+from kfac_opt.wrappers import unwrapped
 
 
 @torch.no_grad()

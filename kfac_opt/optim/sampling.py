@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.drawing import DrawingOptimizer
-from kfac_opt.optim.draws import EVALUATION, Sampler, VariationalOptions, add_draw_, pair_of
+from kfac_opt.optim.draws import Sampler, VariationalOptions, add_draw_, pair_of
 from kfac_opt.optim.passes import GradientMean, all_finite, kept_batch_statistics
+from kfac_opt.optim.seeds import EVALUATION
 from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.posterior import NoiseSource, restored_weights
 

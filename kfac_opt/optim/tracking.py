@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from kfac_opt.curvature.diagonal import DiagonalBlock, NormBlock
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
+from kfac_opt.layers.linear import LinearAdapter
 
 USER_LINE = 7  # frames between a warning and the call of the optimizer's constructor
 
@@ -234,3 +236,19 @@ def replaced(owner: str, model: nn.Module, groups: list[dict[str, Any]], tracked
                 f"add_param_group(), or build {owner} again."
             )
     return changed
+
+
+def few_rows(tracked: Mapping[str, TrackedBlock]) -> dict[str, tuple[nn.Module, int]]:
+    """Layers whose gradients are worth keeping as products, with the number of rows up to which they are."""
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for name, entry in tracked.items():
+        if (
+            entry.module is None
+            or not isinstance(entry.block, KroneckerBlock)
+            or not isinstance(entry.block.layer, LinearAdapter)
+        ):
+            continue
+        limit = entry.block.rows_that_pay()
+        if limit > 0:
+            found[name] = entry.module, limit
+    return found

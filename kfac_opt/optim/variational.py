@@ -11,10 +11,9 @@ from torch import Tensor
 from kfac_opt.curvature.block import Damping
 from kfac_opt.distributed import sum_over_ranks_
 from kfac_opt.optim import options as checks
-from kfac_opt.optim.draws import POSTERIOR
-from kfac_opt.optim.options import derive_seed
 from kfac_opt.optim.posteriors import build_posterior
 from kfac_opt.optim.sampling import SamplingOptimizer
+from kfac_opt.optim.seeds import POSTERIOR, derive_seed
 from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.posterior import Posterior, Width
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.posterior.block import PosteriorBlock, Width, uncurved_block
 from kfac_opt.posterior.noise import NoiseSource, add_noise
-from kfac_opt.posterior.weights import unwrapped
+from kfac_opt.wrappers import unwrapped
 
 _FORMAT = 1
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kfac_opt.wrappers import unwrapped
+
 
 def parameters_of(model: nn.Module, shapes: Mapping[str, torch.Size], fixed: Sequence[str] = ()) -> list[nn.Parameter]:
     """The parameters of ``model`` named in ``shapes``, in that order.
@@ -39,17 +41,6 @@ def parameters_of(model: nn.Module, shapes: Mapping[str, torch.Size], fixed: Seq
             "Use the model that it was made from, or one built with the same arguments."
         )
     return [found[name] for name in shapes]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside ``torch.compile`` and DistributedDataParallel, which put prefixes on its names."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC, KFACVI, Posterior
-from kfac_opt.optim.draws import WEIGHTS, NoiseAhead
+from kfac_opt.optim.draws import NoiseAhead
+from kfac_opt.optim.seeds import WEIGHTS
 from kfac_opt.posterior import NoiseSource
 from kfac_opt.prediction import predict
 from tests.support import Twice, assert_same, close, data, gradients, mlp, weights

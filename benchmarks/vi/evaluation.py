@@ -63,6 +63,7 @@ def _evaluate(trained: Trained, data: Dataset, config: VIConfig, seed: int | Non
         "nll": _nll(known, data.test_targets),
         "brier": float(metrics.brier_score(known.probabilities, data.test_targets)),
         "ece": float(diagram.calibration_error),
+        "error": _test_set_errors(known, data.test_targets),
         "reliability": {
             "counts": diagram.counts.tolist(),
             "confidence": diagram.confidence.tolist(),
@@ -81,6 +82,14 @@ def _evaluate(trained: Trained, data: Dataset, config: VIConfig, seed: int | Non
 
 def _nll(prediction: Prediction, targets: Tensor) -> float:
     return float(metrics.negative_log_likelihood(prediction.probabilities.clamp_min(TINY), targets))
+
+
+def _test_set_errors(prediction: Prediction, targets: Tensor) -> dict[str, float]:
+    """Standard errors of accuracy and likelihood loss: what another test set of this size would change."""
+    chosen = prediction.probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1).clamp_min(TINY)
+    right = (prediction.probabilities.argmax(-1) == targets).to(chosen.dtype)
+    root = len(targets) ** 0.5
+    return {"accuracy": float(right.std(correction=0)) / root, "nll": float(chosen.log().std(correction=0)) / root}
 
 
 def _detection(known: Prediction, other: Prediction) -> dict[str, float]:

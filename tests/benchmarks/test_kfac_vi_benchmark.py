@@ -131,6 +131,10 @@ def test_a_net_that_guesses_counts_as_diverged(config: VIConfig):
     assert trained.diverged
     result = evaluate(trained, data, config, 0)
     assert result["mean"]["nll"] == pytest.approx(math.log(10), abs=0.3)
+    share = result["mean"]["accuracy"]
+    assert result["mean"]["error"]["accuracy"] == pytest.approx((share * (1 - share) / 40) ** 0.5)
+    chosen = trained.at_mean(data.test_inputs).probabilities[range(40), data.test_targets].log()
+    assert result["mean"]["error"]["nll"] == pytest.approx(float(chosen.var(correction=0) / 40) ** 0.5)
 
 
 def test_nets_with_posteriors_predict_as_a_mixture(config: VIConfig):

@@ -78,8 +78,9 @@ class Trained:
         return all(bool(torch.isfinite(p).all()) for model in self.models for p in model.parameters())
 
     def at_mean(self, inputs: Tensor) -> Prediction:
-        """Prediction of one net at its mean."""
-        return self._summary(inputs, lambda x: iter([self.models[0](x)]), 1)
+        """Prediction of the net at its mean; of all nets, each at the mean of its posterior, where they have posteriors."""
+        models = self.models if self.posteriors else self.models[:1]
+        return self._summary(inputs, lambda x: (model(x) for model in models), len(models))
 
     def ensemble(self, inputs: Tensor, num_samples: int, seed: int) -> Prediction | None:
         """Prediction of the ensemble this method has, None if it has none."""

@@ -151,6 +151,10 @@ def test_nets_with_posteriors_predict_as_a_mixture(config: VIConfig):
     assert alone is not None
     assert torch.equal(found.probabilities, (each[0].probabilities + each[1].probabilities) / 2)
     assert float(found.mutual_information.mean()) > float(alone.mutual_information.mean())
+    with torch.no_grad():
+        at_means = [model(data.test_inputs).softmax(-1) for model in trained.models]
+    torch.testing.assert_close(trained.at_mean(data.test_inputs).probabilities, (at_means[0] + at_means[1]) / 2)
+    torch.testing.assert_close(single.at_mean(data.test_inputs).probabilities, at_means[0])
 
 
 def test_ivon_is_left_out_where_it_is_not_installed(config: VIConfig, monkeypatch: pytest.MonkeyPatch, capsys):

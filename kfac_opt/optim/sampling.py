@@ -120,6 +120,7 @@ class SamplingOptimizer(DrawingOptimizer):
     def _passes(self, draws: range) -> Iterator[int]:
         self._refuse_inside("weight_samples()")
         model = self._require_model()
+        self._check_groups()
         named = self._named()
         gradients = GradientMean(list(named.values()))
         if all(gradient is None for gradient in gradients.before):  # a skipped step leaves noise without a gradient
@@ -179,6 +180,7 @@ class SamplingOptimizer(DrawingOptimizer):
             RuntimeError: before the first estimate, or inside another sampling context.
         """
         self._require_model()
+        self._check_groups()
         self._refuse_inside("sampled_params()")
         blocks = self._blocks(current=False)
         if not blocks:

@@ -265,6 +265,11 @@ class Posterior:
                 f"Posterior: expected the state of a posterior (format {_FORMAT}), found {keys}. "
                 "Save it with posterior.save(path) or posterior.state_dict()."
             )
+        missing = sorted({"mean", "blocks", "likelihood", "fixed", "seed", "num_data", "log_likelihood"} - state.keys())
+        if missing:
+            raise ValueError(
+                f"Posterior: the state lacks {missing}, found {sorted(map(str, state))}. Give the whole dict of posterior.state_dict()."
+            )
         return cls(
             state["mean"],
             [PosteriorBlock.from_state_dict(block) for block in state["blocks"]],

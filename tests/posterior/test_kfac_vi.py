@@ -878,6 +878,10 @@ def test_a_temperature_warm_up_by_writing_the_group():
     optimizer.param_groups[0]["temperature"] = 0.0
     with pytest.raises(ValueError, match="temperature must be > 0"):
         next(optimizer.weight_samples(1))
+    optimizer.param_groups[0].update(temperature=1.0, num_data="many")
+    for sampling in (lambda: next(optimizer.weight_samples(1)), lambda: optimizer.sampled_params().__enter__()):
+        with pytest.raises((TypeError, ValueError), match="KFACVI: num_data must be .* got 'many'"):
+            sampling()
 
 
 # -- bad input --------------------------------------------------------------------------------------------------

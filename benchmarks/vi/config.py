@@ -53,8 +53,8 @@ class MethodConfig:
         members: nets of a deep ensemble, each trained alone.
         dropout: share of features dropped before every Linear layer but the first; the ensemble then comes from dropout
             left on (Gal & Ghahramani 2016).
-        laplace: ``linearized`` or ``samples``: a K-FAC Laplace posterior after the training, its prior precision chosen
-            by the evidence.
+        laplace: ``linearized`` or ``samples``: a K-FAC Laplace posterior after the training, its prior precision that of
+            the setting ``laplace_prior``, or chosen by the evidence where there is none.
         schedule: in place of the experiment's.
         search, start: ranges of settings to search, and the first trial.
     """

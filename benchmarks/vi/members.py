@@ -29,9 +29,12 @@ class MemberStore:
     def path(self, method: Any, settings: dict[str, Any], seed: int) -> Path:
         """File of one net; ensembles of any size share it, and so do posteriors fitted afterwards."""
         own = {key: value for key, value in asdict(method).items() if key not in _AFTER_THE_TRAINING}
+        settings = {key: value for key, value in settings.items() if key != LAPLACE_PRIOR}
         return self.folder / f"{method.kind}-{seed}-{fingerprint([own, settings, self.training, seed])}.pt"
 
 
+LAPLACE_PRIOR = "laplace_prior"
+"""Among the settings: prior precision of a Laplace posterior."""
 _AFTER_THE_TRAINING = ("members", "laplace", "search", "start", "settings")
 
 

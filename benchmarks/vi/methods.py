@@ -17,7 +17,7 @@ from benchmarks.common.config import ConfigError
 from benchmarks.common.data import Dataset
 from benchmarks.common.models import build_model
 from benchmarks.vi.config import MethodConfig, RateSchedule
-from benchmarks.vi.members import MemberStore, load_member, save_member
+from benchmarks.vi.members import LAPLACE_PRIOR, MemberStore, load_member, save_member
 from kfac_opt import KFAC, KFACVI, Posterior
 from kfac_opt.batchnorm import update_bn
 from kfac_opt.laplace import fit_laplace
@@ -157,7 +157,8 @@ def train_method(
     if method.laplace is not None and not trained.diverged:
         start = time.perf_counter()
         batches = list(zip(data.train_inputs.split(EVAL_BATCH), data.train_targets.split(EVAL_BATCH), strict=True))
-        trained.posteriors = [fit_laplace(first.models[0], batches, prior_precision="evidence", fisher="mc")]
+        prior = settings.get(LAPLACE_PRIOR, "evidence")
+        trained.posteriors = [fit_laplace(first.models[0], batches, prior_precision=prior, fisher="mc")]
         trained.seconds += time.perf_counter() - start
     return trained
 
@@ -284,7 +285,7 @@ def build(method: MethodConfig, settings: dict[str, Any], model: nn.Module, num_
         return optimizer
     source = torch.Generator().manual_seed(seed)
     if method.kind == "kfac":
-        return KFAC(model, generator=source, **settings)
+        return KFAC(model, generator=source, **{name: value for name, value in settings.items() if name != LAPLACE_PRIOR})
     return KFACVI(model, generator=source, **{"num_data": num_data, **settings})
 
 

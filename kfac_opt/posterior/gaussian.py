@@ -268,7 +268,8 @@ class Posterior:
         missing = sorted({"mean", "blocks", "likelihood", "fixed", "seed", "num_data", "log_likelihood"} - state.keys())
         if missing:
             raise ValueError(
-                f"Posterior: the state lacks {missing}, found {sorted(map(str, state))}. Give the whole dict of posterior.state_dict()."
+                f"Posterior: the state lacks {missing}, found {sorted(map(str, state))}. "
+                "Give the whole dict of posterior.state_dict()."
             )
         return cls(
             state["mean"],

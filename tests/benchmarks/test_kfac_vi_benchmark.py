@@ -39,6 +39,7 @@ methods:
   dropout: {kind: adamw, dropout: 0.2}
   laplace: {kind: kfac, laplace: linearized}
   drawn laplace: {kind: kfac, laplace: samples}
+  chosen laplace: {kind: kfac, laplace: linearized, settings: {laplace_prior: 50.0}}
   vi: {kind: kfac_vi, num_samples: 2}
   rules: {kind: kfac_vi, num_samples: 0, settings: {momentum_rule: lr, weight_decay_rule: step, weight_decay: 1e-3}}
   broken: {kind: sgd, settings: {lr: 1.0e+30}}
@@ -65,7 +66,7 @@ def test_script_writes_results_figures_and_page_and_goes_on_where_it_stopped(
     assert results["results"]["broken"]["summary"]["diverged"] == 2
     assert "broken (all diverged)" in capsys.readouterr().out
     assert results["results"]["sgd"]["summary"]["samples"] is None
-    for name in ("ensemble", "dropout", "laplace", "drawn laplace", "vi"):
+    for name in ("ensemble", "dropout", "laplace", "drawn laplace", "chosen laplace", "vi"):
         summary = results["results"][name]["summary"]["samples"]
         assert 0 < summary["nll"]["mean"] < 10
         assert summary["nll"]["std"] > 0
@@ -157,6 +158,18 @@ def test_nets_with_posteriors_predict_as_a_mixture(config: VIConfig):
     torch.testing.assert_close(single.at_mean(data.test_inputs).probabilities, at_means[0])
 
 
+def test_laplace_takes_its_prior_from_the_settings_or_from_the_evidence(config: VIConfig, tmp_path: Path):
+    data = vi_data.load_sets(config)
+    method, store = MethodConfig("kfac", laplace="linearized"), MemberStore(tmp_path / "members", {})
+    found = [
+        methods.train_method(method, settings, data, study.training_of(config, data), 0, store).posteriors[0]
+        for settings in ({"laplace_prior": 50.0}, {})
+    ]
+    assert found[0].width.prior_precision == 50.0
+    assert found[1].width.prior_precision != 50.0
+    assert len(list((tmp_path / "members").iterdir())) == 1  # the net is the same
+
+
 def test_ivon_is_left_out_where_it_is_not_installed(config: VIConfig, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
     results = study.run_study(dataclasses.replace(config, methods={"ivon": MethodConfig("ivon")}))
@@ -206,7 +219,7 @@ def test_times_are_ratios(tmp_path: Path):
     arguments = ["--rounds", "3", "--predict_samples", "2", "--predict_batches", "[2]", "--out", str(tmp_path)]
     arguments += ["--model", "{name: mlp, sizes: [6, 5, 10]}", "--input_shape", "[6]", "--batch_size", "8"]
     ratios = json.loads(kfac_vi_time.main(arguments).read_text())["ratios"]
-    assert len(ratios) == 6
+    assert len(ratios) == 8
     assert all(value > 0 for value in ratios.values())
 
 

@@ -880,7 +880,7 @@ def test_a_temperature_warm_up_by_writing_the_group():
         next(optimizer.weight_samples(1))
     optimizer.param_groups[0].update(temperature=1.0, num_data="many")
     for sampling in (lambda: next(optimizer.weight_samples(1)), lambda: optimizer.sampled_params().__enter__()):
-        with pytest.raises((TypeError, ValueError), match="KFACVI: num_data must be .* got 'many'"):
+        with pytest.raises((TypeError, ValueError), match=r"KFACVI: num_data must be .* got 'many'"):
             sampling()
 
 

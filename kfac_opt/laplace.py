@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -20,7 +21,7 @@ from kfac_opt.curvature.collector import Collector
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.empirical import make_collector
 from kfac_opt.distributed import active_group, rank, sum_over_ranks_
-from kfac_opt.likelihoods import Gaussian, Likelihood, LikelihoodName, make_likelihood
+from kfac_opt.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.optim.estimation import Estimation
 from kfac_opt.optim.options import check_model, check_number, parameter_groups
 from kfac_opt.optim.posteriors import build_posterior, parameter_names, posterior_blocks
@@ -57,7 +58,8 @@ def fit_laplace(
     state are left alone. An optimizer may stay attached to the model.
 
     Args:
-        loader: iterable of ``(inputs, targets)``, read once (twice for ``"eigenbasis"``). It decides ``num_data``.
+        loader: iterable of ``(inputs, targets)``, read once (twice for ``"eigenbasis"``). It decides ``num_data``. Targets
+            that are the likelihood's ``ignore_index`` (padding) count neither there nor in the curvature.
         likelihood: as for :class:`kfac_opt.KFAC`.
         prior_precision: of the prior ``N(0, I / prior_precision)``; ``"evidence"`` maximises the log marginal
             likelihood.
@@ -163,12 +165,45 @@ class _Fit:
     def _log_likelihood(self, x: Any, y: Tensor) -> Tensor:
         """Of one batch, in nats, 0-dim float64; the forward is what the collector counts."""
         likelihood = self.collector.likelihood
+        if isinstance(likelihood, Categorical) and not y.is_floating_point():
+            labelled = y != likelihood.ignore_index
+            self.collector.mask = None if bool(labelled.all()) else labelled
         logits, mask = pick_logits(self.model(**x) if isinstance(x, Mapping) else self.model(x), self.collector.outputs)
-        logits = logits.detach().double()
-        terms = likelihood.num_terms(logits, mask)
-        constant = 0.5 * logits.numel() * math.log(2 * math.pi * likelihood.variance) if isinstance(likelihood, Gaussian) else 0.0
-        y = y.double() if y.is_floating_point() else y
-        return -likelihood.loss(logits, y) * terms - constant
+        return _log_likelihood(likelihood, logits.detach().double(), y.to(logits.device), mask)
+
+
+def _log_likelihood(likelihood: Likelihood, logits: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """Of the targets ``y`` that ``mask`` keeps and that are no ``ignore_index``: a sum over terms, in nats.
+
+    Raises:
+        ValueError: for targets of another shape, which would be paired with every output.
+    """
+    if isinstance(likelihood, Categorical):
+        dim, soft = likelihood.dimension(logits), y.is_floating_point()
+        rows = logits.movedim(dim, -1)
+        _check_targets(y, logits.shape if soft else rows.shape[:-1])
+        if soft:
+            terms = (y.movedim(dim, -1) * rows.log_softmax(-1)).sum(-1)
+            return terms.sum() if mask is None else terms[mask].sum()
+        keep = y != likelihood.ignore_index
+        keep = keep if mask is None else keep & mask
+        return -F.cross_entropy(rows[keep], y[keep], reduction="sum")
+    if isinstance(likelihood, (Gaussian, Bernoulli)):
+        _check_targets(y, logits.shape)
+    if mask is not None:
+        logits, y = logits[mask], y[mask]
+    if not len(logits):
+        return logits.new_zeros(())
+    constant = 0.5 * logits.numel() * math.log(2 * math.pi * likelihood.variance) if isinstance(likelihood, Gaussian) else 0.0
+    return -likelihood.loss(logits, y.double() if y.is_floating_point() else y) * likelihood.num_terms(logits) - constant
+
+
+def _check_targets(y: Tensor, expected: torch.Size) -> None:
+    if y.shape != expected:
+        raise ValueError(
+            f"fit_laplace: the targets are {list(y.shape)}, expected {list(expected)} for what the model returns. Reshape "
+            "them: other shapes would pair targets with the wrong outputs."
+        )
 
 
 def _pairs(loader: Batches) -> Iterator[tuple[Any, Tensor]]:

@@ -241,3 +241,8 @@ def test_a_squared_error_contradicts_the_categorical_likelihood_in_every_precisi
     f = outputs_for(32, 4).to(dtype).requires_grad_()
     (g,) = torch.autograd.grad(F.mse_loss(f, torch.rand(32, 4).to(dtype)), f)
     assert Categorical().contradiction(f.detach(), g) is not None
+
+
+def test_the_gaussian_loss_refuses_to_pair_every_output_with_every_target():
+    with pytest.raises(ValueError, match=r"outputs are \[5, 1\] and the targets \[5\].*view_as"):
+        Gaussian().loss(torch.zeros(5, 1), torch.ones(5))

@@ -39,6 +39,11 @@ class Gaussian(PerExample):
         return (outputs - targets) / self.variance
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape != targets.shape:
+            raise ValueError(
+                f"gaussian likelihood: the outputs are {list(outputs.shape)} and the targets {list(targets.shape)}, expected one "
+                "shape: subtracting them would pair every output with every target. Give targets.view_as(outputs)."
+            )
         return 0.5 * (outputs - targets).square().sum() / (self.variance * outputs.shape[0])
 
     def predictive(self, outputs: Tensor) -> Tensor:

@@ -98,6 +98,60 @@ def test_log_likelihood_is_that_of_the_data_with_constants():
     assert found == pytest.approx(float(density.detach()), rel=1e-12)
 
 
+class Tokens(nn.Module):
+    """Logits for each token, with a mask of what counts if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(7, 4).double(), nn.Linear(4, 5).double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embedding(tokens))
+        return out
+
+
+@pytest.mark.parametrize("how", ["ignored", "masked", "both"])
+def test_tokens_without_a_label_count_neither_in_the_likelihood_nor_in_the_curvature(how: str):
+    model = Tokens().eval()
+    tokens, labels = torch.randint(7, (6, 4)), torch.randint(5, (6, 4))
+    mask = torch.arange(4).expand(6, 4) < torch.tensor([[1], [2], [4], [3], [1], [2]])
+    expected = -F.cross_entropy(model(tokens)[mask], labels[mask], reduction="sum")
+    given = labels if how == "masked" else labels.where(mask, -100)
+    posterior = laplace(model, [(tokens, given)], outputs=None if how == "ignored" else lambda out: (out, mask))
+    assert posterior.num_data == int(mask.sum())
+    assert posterior.log_likelihood == pytest.approx(float(expected.detach()), rel=1e-12)
+    each = laplace(model, [(tokens[mask].unsqueeze(1), labels[mask].unsqueeze(1))])
+    for found, alone in zip(posterior.blocks, each.blocks):
+        close(found.form.dense(), alone.form.dense())
+
+
+def test_masked_regression_is_that_of_the_examples_that_count():
+    inputs, targets = problem()
+    mask = torch.arange(len(inputs)) % 3 > 0
+    line = regression()
+    found = laplace(line, [(inputs, targets)], likelihood=Gaussian(NOISE), outputs=lambda out: (out, mask))
+    alone = laplace(line, [(inputs[mask], targets[mask])], likelihood=Gaussian(NOISE))
+    assert (found.num_data, found.log_likelihood) == (alone.num_data, pytest.approx(alone.log_likelihood, rel=1e-12))
+
+
+def test_soft_labels_and_images_have_the_likelihood_of_their_cross_entropy():
+    torch.manual_seed(0)
+    model = nn.Conv2d(2, 3, 1).double().eval()
+    x, hard, soft = torch.randn(4, 2, 3, 3).double(), torch.randint(3, (4, 3, 3)), torch.rand(4, 3, 3, 3).double().softmax(1)
+    for y in (hard, soft):
+        expected = -F.cross_entropy(model(x), y, reduction="sum")
+        assert laplace(model, [(x, y)]).log_likelihood == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "categorical"])
+def test_targets_of_another_shape_are_refused_and_not_paired_with_every_output(likelihood: Any):
+    model = nn.Linear(4, 3 if likelihood == "categorical" else 1).double().eval()
+    y = torch.zeros(8, 1, dtype=torch.int64) if likelihood == "categorical" else torch.zeros(8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"fit_laplace: the targets are \[8"):
+        laplace(model, [(data(8)[0], y)], likelihood=likelihood)
+
+
 def test_some_parameters_alone():
     model = mlp().eval()
     posterior = laplace(model, batches(*data(8)), params=model[2].parameters())

@@ -41,6 +41,11 @@ class DrawingOptimizer(CurvatureOptimizer):
         self._variational = variational
         self._forget_draws()
         super().__init__(model, params, defaults, options, generator)
+        if variational.output_noise == "linear" and not self._noisy_layers():
+            raise ValueError(
+                f"{type(self).__name__}: output_noise='linear' has no layer to act on: among the optimized "
+                "parameters no nn.Linear has a Kronecker-factored or eigenbasis block. Leave it out, or choose another curvature."
+            )
         if self._noisy_layers() and _is_compiled(model):
             raise ValueError(
                 f"{type(self).__name__}: output_noise works through hooks, which a compiled model ignores. "
@@ -108,7 +113,8 @@ class DrawingOptimizer(CurvatureOptimizer):
                 trained = [parameter.requires_grad for parameter in tracked.parameters]
                 key += [tracked.name, *trained, *(int(state[name]) for name in names if name in state)]
         if self._covariances is None or self._covariances.key != key:
-            self._covariances = Covariances.of(key, self._blocks(current=False), self._noisy_layers())
+            noisy = {name: (self._weight_name(module), module) for name, module in self._noisy_layers().items()}
+            self._covariances = Covariances.of(key, self._blocks(current=False), noisy)
         return self._covariances
 
     def _steps_alike(self) -> Iterator[int]:
@@ -127,9 +133,13 @@ class DrawingOptimizer(CurvatureOptimizer):
         modules = {name: tracked.module for name, tracked in self._tracked.items()}
         return choose_layers(self._variational.output_noise, modules)
 
+    def _weight_name(self, module: nn.Module) -> str:
+        return self._names.get(id(module._parameters.get("weight")), "")
+
     def _named(self) -> dict[str, Tensor]:
-        """Optimized parameters by their names in the model, in the order of the groups."""
-        return {self._names[id(p)]: p for group in self.param_groups for p in group["params"] if p.requires_grad}
+        """Optimized parameters by their names in the model, in the order of the groups; none that left the model."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return {self._names[id(p)]: p for p in parameters if id(p) in self._names}
 
     def _generator(self, *purpose: int, step: int | None = None) -> torch.Generator:
         """Private noise, the same on every rank: from the base seed, the step (None: this one) and the purpose alone."""

@@ -61,14 +61,19 @@ class Covariances:
     noisy: dict[str, tuple[nn.Module, PosteriorBlock]]
 
     @classmethod
-    def of(cls, key: object, blocks: list[PosteriorBlock], noisy_layers: dict[str, nn.Module]) -> Covariances:
-        """Divides ``blocks`` among noise in weights and noise at the outputs of ``noisy_layers``."""
+    def of(cls, key: object, blocks: list[PosteriorBlock], noisy_layers: dict[str, tuple[str, nn.Module]]) -> Covariances:
+        """Divides ``blocks`` among noise in weights and noise at the outputs of ``noisy_layers``.
+
+        Args:
+            noisy_layers: module and name of its weight by name of the layer. Wrappers put prefixes on the names of layers,
+                the blocks of a posterior have none.
+        """
         by_weight = {block.weight: block for block in blocks}
         noisy: dict[str, tuple[nn.Module, PosteriorBlock]] = {}
-        for name, module in noisy_layers.items():
-            block = by_weight.pop(f"{name}.weight" if name else "weight", None)
-            if block is not None:
-                noisy[name] = (module, block)
+        for name, (weight, module) in noisy_layers.items():
+            # A layer whose bias was frozen has a block of single weights: those get noise of their own.
+            if weight in by_weight and by_weight[weight].layout.kind == "matrix":
+                noisy[name] = (module, by_weight.pop(weight))
         return cls(key, blocks, NoiseSource(list(by_weight.values())), noisy)
 
 

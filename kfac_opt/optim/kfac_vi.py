@@ -62,8 +62,8 @@ class KFACVI(VariationalOptimizer):
         output_noise: local reparameterization: None, ``"linear"`` for all Linear layers, or names of some: noise per
             example at the layer's output in place of noise in its weights, which lowers the variance of the gradient.
             Exact for layers that see one row per example; others are refused.
-        batch_statistics: of BatchNorm layers: ``"step"``: the first pass of a step alone moves the running
-            statistics; ``"pass"``: every pass does.
+        batch_statistics: of BatchNorm layers: ``"step"``: the first pass of a step that is not dropped alone moves the
+            running statistics; ``"pass"``: every such pass does.
         sample_group: ranks among which the passes of a step are divided: each has the same batch and other draws.
             Needs at least one pass per rank. Gradients are averaged over this group; averaging over ranks with other
             batches is left to DistributedDataParallel, whose ``process_group`` is then the other dimension of the mesh.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,11 +18,16 @@ class GradientMean:
 
     Args:
         parameters: those that are optimized, in the same order on every rank.
+        others: the model's other trainable ones, which another optimizer may hold: averaged all the same, but their
+            gradients drop no pass.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: Sequence[Tensor], others: Sequence[Tensor] = ()) -> None:
+        self.deciding = len(parameters)
+        self.parameters = parameters = [*parameters, *others]
         self.before = [parameter.grad for parameter in parameters]
+        # DistributedDataParallel's gradients may be views of its buckets, which every backward writes anew.
+        self.kept = [None if gradient is None or not gradient._is_view() else gradient.clone() for gradient in self.before]
         self.sums: list[Tensor | None] = [None] * len(parameters)
         self.dropped: list[Tensor | None] = [None] * len(parameters)
         self.completed = 0
@@ -37,12 +41,15 @@ class GradientMean:
     def finish_pass(self, *, drop: bool = False) -> bool:
         """Takes the gradients of a completed pass; False if they are not finite (or ``drop``)."""
         gradients = [parameter.grad for parameter in self.parameters]
-        finite = not drop and all_finite([gradient for gradient in gradients if gradient is not None])
+        finite = not drop and all_finite([gradient for gradient in gradients[: self.deciding] if gradient is not None])
         sums = self.sums if finite else self.dropped
         for index, gradient in enumerate(gradients):
             if gradient is not None:
                 total = sums[index]
-                sums[index] = gradient if total is None else total.add_(gradient)
+                if total is not None:
+                    total.add_(gradient)
+                else:
+                    sums[index] = gradient.clone() if gradient._is_view() else gradient
         self.completed += finite
         return finite
 
@@ -56,7 +63,9 @@ class GradientMean:
         if group is not None:
             self._sum_over_ranks(group)
         sums, count = (self.sums, self.completed) if self.completed else (self.dropped, 1)
-        for parameter, before, total in zip(self.parameters, self.before, sums):
+        for parameter, before, kept, total in zip(self.parameters, self.before, self.kept, sums):
+            if before is not None and kept is not None:
+                before.copy_(kept)
             if total is None:
                 parameter.grad = before
                 continue
@@ -97,15 +106,16 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     return math.isfinite(sum(gathered(norms).tolist()))
 
 
-@contextmanager
-def kept_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Puts the running statistics of normalization layers back at the end: a pass that must not move them."""
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    buffers = [getattr(m, name, None) for m in model.modules() if m.training for name in names]
-    saved = [(buffer, buffer.clone()) for buffer in buffers if isinstance(buffer, Tensor)]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+class BatchStatistics:
+    """The running statistics of normalization layers as they are before a pass that may not move them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        buffers = [getattr(m, name, None) for m in model.modules() if m.training for name in names]
+        self.saved = [(buffer, buffer.clone()) for buffer in buffers if isinstance(buffer, Tensor)]
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Puts them back."""
+        for buffer, value in self.saved:
+            buffer.copy_(value)

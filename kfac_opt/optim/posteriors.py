@@ -25,12 +25,16 @@ def build_posterior(
     blocks: list[PosteriorBlock],
     parameters: Iterable[Tensor],
     *,
-    width: Width,
+    width: Width | Mapping[str, Width],
     likelihood: Likelihood,
     seed: int,
     num_data: float | None,
 ) -> Posterior:
-    """A posterior around the current weights with copies of everything; ``parameters`` are the random ones.
+    """A posterior around the current weights with copies of everything.
+
+    Args:
+        parameters: the random ones; those that left the model are left out.
+        width: of parameters without curvature, one for all or by name.
 
     Raises:
         RuntimeError: without blocks.
@@ -38,7 +42,7 @@ def build_posterior(
     if not blocks:
         raise RuntimeError(f"{owner}: there is no curvature yet. Call posterior() after a step of training.")
     names = parameter_names(model)
-    random = [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
+    random = [names[id(parameter)] for parameter in parameters if parameter.requires_grad and id(parameter) in names]
     copies = [block.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)) for block in blocks]
     return Posterior.from_model(model, copies, width=width, names=random, likelihood=likelihood, seed=seed, num_data=num_data)
 

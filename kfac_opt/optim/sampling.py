@@ -15,7 +15,7 @@ from kfac_opt.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.drawing import DrawingOptimizer
 from kfac_opt.optim.draws import Sampler, VariationalOptions, add_draw_, pair_of
-from kfac_opt.optim.passes import GradientMean, all_finite, kept_batch_statistics
+from kfac_opt.optim.passes import BatchStatistics, GradientMean, all_finite
 from kfac_opt.optim.seeds import EVALUATION
 from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.posterior import NoiseSource, restored_weights
@@ -77,9 +77,10 @@ class SamplingOptimizer(DrawingOptimizer):
     def weight_samples(self, num_samples: int | None = None) -> Iterator[int]:
         """Loop over passes: inside the body the weights are a draw from the posterior, afterwards the means again.
 
-        Run forward and backward in the body. After the loop every ``.grad`` is what it was before plus the mean over
-        the passes, and the curvature statistics of the passes are joined. A pass that is left by an exception or
-        ``break`` is dropped; one whose gradient is not finite is dropped and counted (``dropped_samples``); if all are
+        Run forward and backward in the body. After the loop every ``.grad`` of the model, also where another optimizer
+        holds the parameter, is what it was before plus the mean over the passes, and the curvature statistics of the
+        passes are joined. A pass that is left by an exception or ``break`` is dropped, with what it did to running
+        statistics; one whose gradient is not finite is dropped and counted (``dropped_samples``); if all are
         dropped, the sum of their gradients is left for a gradient scaler to find, and a ``step()`` that is taken with
         it leaves the weights alone. Before the first estimate all passes run at the mean.
 
@@ -122,13 +123,15 @@ class SamplingOptimizer(DrawingOptimizer):
         model = self._require_model()
         self._check_groups()
         named = self._named()
-        gradients = GradientMean(list(named.values()))
-        if all(gradient is None for gradient in gradients.before):  # a skipped step leaves noise without a gradient
+        optimized = list(named.values())
+        own = set(map(id, optimized))
+        gradients = GradientMean(optimized, [p for p in model.parameters() if p.requires_grad and id(p) not in own])
+        if all(parameter.grad is None for parameter in optimized):  # a skipped step leaves noise without a gradient
             self._noise_sum, self._noise_count = {}, 0
         first = self._next_draw + self._next_draw % 2  # pairs never span two loops
         self._inside = "weight_samples()"
         try:
-            with restored_weights(gradients.parameters) as means:
+            with restored_weights(optimized) as means:
                 covariances, antithetic = self._drawing(), self._variational.antithetic
                 pairs = list(dict.fromkeys(pair_of(first + index, antithetic=antithetic)[0] for index in draws))
 
@@ -149,8 +152,7 @@ class SamplingOptimizer(DrawingOptimizer):
                     gradients.start_pass()
                     with ExitStack() as stack:
                         sampler.draw_(first + index, stack)
-                        if self._variational.batch_statistics == "step" and index != draws[0]:
-                            stack.enter_context(kept_batch_statistics(model))
+                        statistics, before = BatchStatistics(model), gradients.completed
                         try:
                             with self._collector.separately():
                                 yield index
@@ -162,6 +164,10 @@ class SamplingOptimizer(DrawingOptimizer):
                                 self._noise_count += 1
                         except _Dropped:
                             self._dropped_samples += 1
+                        finally:
+                            moves = self._variational.batch_statistics == "pass" or before == 0
+                            if gradients.completed == before or not moves:
+                                statistics.restore_()
                         self._discard = False
         finally:
             self._inside = None

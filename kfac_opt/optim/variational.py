@@ -51,17 +51,26 @@ class VariationalOptimizer(SamplingOptimizer):
         model = self._require_model()
         self._refuse_inside("posterior()")
         data = {float(group["num_data"]) for group in self.param_groups}
-        first = self.param_groups[0]
         return build_posterior(
             type(self).__name__,
             model,
             self._blocks(current=True),
             self._named().values(),
-            width=Width(float(first["num_data"]) / float(first["temperature"]), float(first["prior_precision"])),
+            width=self._widths(),
             likelihood=self._likelihood,
             seed=derive_seed(self._base_seed, POSTERIOR, self._step_count()),
             num_data=data.pop() if len(data) == 1 else None,
         )
+
+    def _widths(self) -> dict[str, Width]:
+        """Those of all optimized parameters by name, with curvature or without."""
+        members = [(p, self._width(tracked)) for tracked in self._tracked.values() for p in tracked.parameters]
+        widths = {self._names[id(p)]: width for p, width in members if id(p) in self._names}
+        for group in self.param_groups:  # what was unfrozen since the last step has no block yet
+            width = Width(float(group["num_data"]) / float(group["temperature"]), float(group["prior_precision"]))
+            for name in [self._names[id(p)] for p in group["params"] if id(p) in self._names]:
+                widths.setdefault(name, width)
+        return widths
 
     # -- the step -----------------------------------------------------------------------------------------------
 

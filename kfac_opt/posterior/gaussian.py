@@ -75,7 +75,7 @@ class Posterior:
         model: nn.Module,
         blocks: Iterable[PosteriorBlock],
         *,
-        width: Width,
+        width: Width | Mapping[str, Width],
         names: Collection[str] | None = None,
         likelihood: LikelihoodName | Likelihood = "categorical",
         seed: int = 0,
@@ -86,7 +86,7 @@ class Posterior:
 
         Args:
             blocks: the curved layers.
-            width: of the parameters that no block covers.
+            width: of the parameters that no block covers: one for all, or by their names.
             names: the random parameters; None: the trainable ones.
         """
         blocks = list(blocks)
@@ -95,7 +95,8 @@ class Posterior:
         if names is None:
             names = [name for name, parameter in named.items() if parameter.requires_grad or name in covered]
         means = {name: parameter for name, parameter in named.items() if name in names}
-        blocks += [uncurved_block(name, mean, width) for name, mean in means.items() if name not in covered]
+        widths = width if isinstance(width, Mapping) else dict.fromkeys(means, width)
+        blocks += [uncurved_block(name, mean, widths[name]) for name, mean in means.items() if name not in covered]
         return cls(
             means,
             blocks,

@@ -7,7 +7,7 @@ well through it and often badly through draws of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,45 +25,90 @@ CHUNK_ENTRIES = 2**25  # of Jacobians held at a time: 128 MB in single precision
 
 @torch.no_grad()
 def output_distribution(
-    model: nn.Module, posterior: Posterior, x: Tensor, *, outputs: Callable[[Any], Any] | None = None
+    model: nn.Module, posterior: Posterior, x: Tensor | Mapping[str, Any], *, outputs: Callable[[Any], Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Mean ``f(x, μ) [batch, outputs]`` and covariance :math:`J \Sigma J^\top` ``[batch, outputs, outputs]``.
 
     Args:
         model: in evaluation mode (a batch norm in training mode has no Jacobian per example).
-        x: ``[batch, ...]``.
+        x: ``[batch, ...]``, or a mapping of keyword arguments: tensors ``[batch, ...]``, and values that all examples share.
         outputs: picks the logits from what the model returns.
 
+    Jacobians are taken for many examples at once; of models that ``torch.func`` cannot run that way (LSTM and GRU), one
+    row after the other.
+
     Raises:
-        ValueError: for a posterior of another model, a model in training mode, or outputs that are not
+        ValueError: for a posterior of another model, a model in training mode, no examples, or outputs that are not
             ``[batch, outputs]``.
     """
     if model.training:
         raise ValueError("linearized prediction: the model is in training mode. Call model.eval() first.")
     model = unwrapped(model)
     parameters_of(model, posterior.shapes, posterior.fixed)
+    given = x if isinstance(x, Mapping) else {"": x}
+    batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if len({len(value) for value in batch.values()}) != 1 or not len(next(iter(batch.values()))):
+        found = {name: list(value.shape) for name, value in batch.items()}
+        raise ValueError(
+            f"linearized prediction: got inputs {found or type(x).__name__}, expected tensors [batch, ...] of one batch."
+        )
+    shared = {name: value for name, value in given.items() if name not in batch}
 
-    def logits(weights: dict[str, Tensor], example: Tensor) -> Tensor:
-        result, _ = pick_logits(functional_call(model, weights, (example.unsqueeze(0),)), outputs)
+    def logits(weights: dict[str, Tensor], example: dict[str, Tensor]) -> Tensor:
+        rows = {name: value.unsqueeze(0) for name, value in example.items()}
+        args, kwargs = ((), {**shared, **rows}) if isinstance(x, Mapping) else ((rows[""],), {})
+        result, _ = pick_logits(functional_call(model, weights, args, kwargs), outputs)
         if result.dim() != 2:
             raise ValueError(
                 f"linearized prediction: the model's output has shape {list(result.shape)}, expected [batch, outputs]."
             )
         return result.squeeze(0)
 
-    def with_value(weights: dict[str, Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
-        value = logits(weights, example)
-        return value, value
-
-    jacobian = vmap(jacrev(with_value, has_aux=True), in_dims=(None, 0))
-    num_outputs = logits(posterior.mean, x[0]).numel()
+    num_outputs = logits(posterior.mean, {name: value[0] for name, value in batch.items()}).numel()
     chunk = max(1, CHUNK_ENTRIES // (num_outputs * posterior.num_parameters))
+    parts = [dict(zip(batch, tensors)) for tensors in zip(*[value.split(chunk) for value in batch.values()])]
     means, covariances = [], []
-    for part in x.split(chunk):
-        rows, values = jacobian(posterior.mean, part)
+    for part in parts:
+        rows, values = _jacobians(logits, posterior.mean, part)
         means.append(values)
         covariances.append(_covariance(posterior, rows))
     return torch.cat(means), torch.cat(covariances)
+
+
+def _jacobians(
+    logits: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], weights: dict[str, Tensor], batch: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Of the outputs of every example in the weights, ``[batch, outputs, *parameter.shape]``, and the outputs."""
+
+    def with_value(weights: dict[str, Tensor], example: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        value = logits(weights, example)
+        return value, value
+
+    try:
+        found: tuple[dict[str, Tensor], Tensor] = vmap(jacrev(with_value, has_aux=True), in_dims=(None, 0))(weights, batch)
+    except (RuntimeError, NotImplementedError) as error:
+        try:
+            return _jacobians_one_by_one(logits, weights, batch)
+        except (RuntimeError, NotImplementedError):
+            raise error from None
+    return found
+
+
+@torch.enable_grad()
+def _jacobians_one_by_one(
+    logits: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], weights: dict[str, Tensor], batch: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    values, jacobians = [], []
+    for index in range(len(next(iter(batch.values())))):
+        value = logits(leaves, {name: tensor[index] for name, tensor in batch.items()})
+        rows = [
+            torch.autograd.grad(entry, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+            for entry in value.unbind()
+        ]
+        values.append(value.detach())
+        jacobians.append([torch.stack(row) for row in zip(*rows)])
+    return {name: torch.stack(parts) for name, parts in zip(leaves, zip(*jacobians))}, torch.stack(values)
 
 
 def _covariance(posterior: Posterior, jacobian: dict[str, Tensor]) -> Tensor:
@@ -96,7 +141,7 @@ def linearized_predict(
     logits, which cost next to nothing once the Jacobian is there.
 
     Args:
-        x: a tensor ``[batch, ...]``, or a loader of tensors or ``(inputs, targets)`` pairs.
+        x: a tensor ``[batch, ...]``, a mapping of keyword arguments, or a loader of such inputs or ``(inputs, targets)`` pairs.
         generator: of the draws; None: the posterior's own.
         keep_samples: also return every single prediction.
 

@@ -65,7 +65,9 @@ def reliability_diagram(probabilities: Tensor, targets: Tensor, num_bins: int = 
         raise ValueError(f"reliability_diagram: num_bins must be >= 1, got {num_bins}")
     p, y = _checked(probabilities, targets)
     confidence, label = p.max(-1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=p.dtype, device=p.device)
+    edges = torch.arange(num_bins + 1, dtype=p.dtype, device=p.device) / num_bins
+    # As exact as the probabilities: 0.6 in single precision is above 0.6 in double, but not above the edge of its bin.
+    edges = edges.to(torch.promote_types(probabilities.dtype, torch.float32)).to(p.dtype)
     index = (torch.bucketize(confidence, edges) - 1).clamp(0, num_bins - 1)
     zeros = torch.zeros(num_bins, dtype=p.dtype, device=p.device)
     counts = zeros.index_add(0, index, torch.ones_like(confidence))
@@ -128,9 +130,10 @@ def _checked(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(((p.sum(-1) - 1).abs() < 1e-2).all()) or bool((p < 0).any()):
         raise ValueError(
             "metrics: the probabilities of an example must be >= 0 and sum to 1 over the last dimension. "
-            "Give probabilities, not logits: logits.softmax(-1)."
+            "Give probabilities, not logits: logits.softmax(-1). Of one output with a Bernoulli likelihood make two classes: "
+            "torch.stack([1 - p, p], -1)."
         )
-    return p, targets.detach().flatten()
+    return p, targets.detach().flatten().long()
 
 
 def _scores(familiar: Tensor, unfamiliar: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,7 @@ def predict(
     Raises:
         ValueError: for a posterior of another model (naming parameters and shapes), ``num_samples`` below 1, or a
             loader without batches.
+        TypeError: for a generator that is none.
 
     >>> from kfac_opt.posterior import Width
     >>> model = nn.Linear(2, 3)
@@ -103,6 +104,11 @@ def predict(
         raise ValueError(f"predict: num_samples must be an integer >= 1, got {num_samples}")
     if vectorize not in ("auto", "loop", "vmap"):
         raise ValueError(f"predict: vectorize must be 'auto', 'loop' or 'vmap', got {vectorize!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"predict: generator must be a torch.Generator or None, got {generator!r}. For a seed pass "
+            "generator=torch.Generator().manual_seed(...)."
+        )
     parameters = parameters_of(model, posterior.shapes, posterior.fixed)
     generator = posterior.generator if generator is None else generator
     start = generator.get_state()

@@ -246,6 +246,43 @@ def test_output_covariance_of_convolutions_norms_and_bare_parameters():
     close(covariance[0], jacobian @ dense @ jacobian.T)
 
 
+class Recurrent(nn.Module):
+    """A network that ``torch.func`` cannot run for many examples at once; ``scale`` is the same for all examples."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.memory, self.head = kind(3, 4, batch_first=True).double(), nn.Linear(4, 3).double()  # type: ignore[call-arg]
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        out: Tensor = self.head(self.memory(x if shift is None else x + shift)[0][:, -1])
+        return out * scale
+
+
+@pytest.mark.filterwarnings("ignore:.*diagonal curvature")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_output_covariance_of_recurrent_layers_and_keyword_inputs(kind: type[nn.Module]):
+    model = Recurrent(kind).eval()
+    x, shift = torch.randn(5, 2, 3).double(), torch.randn(5, 2, 3).double()
+    posterior = laplace(model, [({"x": x, "shift": shift, "scale": 2.0}, torch.arange(5) % 3)])
+    mean, covariance = output_distribution(model, posterior, {"x": x, "shift": shift, "scale": 2.0})
+    close(mean, model(x, shift, 2.0).detach())
+    dense, parameters = dense_covariance(posterior), list(model.parameters())
+    for out, found in zip(model(x, shift, 2.0), covariance):
+        rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in out]
+        jacobian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        close(found, jacobian @ dense @ jacobian.T)
+    assert linearized_predict(model, posterior, [({"x": x}, shift)], num_samples=3).probabilities.shape == (5, 3)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(0, 4).double(), {"input": torch.zeros(2, 4), "other": torch.zeros(3)}, {"input": 1}])
+def test_linearised_prediction_without_a_batch_is_explained(x: Any):
+    model = mlp().eval()
+    posterior = laplace(model, [data()])
+    with pytest.raises(ValueError, match=r"linearized prediction: got inputs .*expected tensors \[batch"):
+        output_distribution(model, posterior, x)
+
+
 def test_linearised_regression_is_the_exact_predictive():
     inputs, targets = problem()
     model = regression().eval()

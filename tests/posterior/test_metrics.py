@@ -85,6 +85,26 @@ def test_reliability_diagram_equals_a_plain_loop(batch: tuple[Tensor, Tensor]):
             assert math.isnan(diagram.accuracy[b])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_bins", [5, 10, 15])
+def test_a_confidence_on_the_edge_lies_in_the_bin_below_in_every_precision(dtype: torch.dtype, num_bins: int):
+    """What ensembles of few members give: shares of votes."""
+    confidence = torch.arange(num_bins + 1, dtype=dtype) / num_bins
+    confidence = confidence[confidence >= 0.5]
+    targets = torch.zeros(len(confidence), dtype=torch.int64)
+    diagram = metrics.reliability_diagram(torch.stack([confidence, 1 - confidence], -1), targets, num_bins)
+    expected = torch.zeros(num_bins, dtype=torch.float64)
+    expected[-len(confidence) :] = 1
+    close(diagram.counts, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_targets_of_every_whole_type_are_class_numbers(dtype: torch.dtype):
+    probabilities, targets = torch.tensor([[0.2, 0.8], [0.7, 0.3]]), torch.tensor([1, 1])
+    for metric in (metrics.negative_log_likelihood, metrics.brier_score, metrics.accuracy, metrics.expected_calibration_error):
+        close(metric(probabilities, targets.to(dtype)), metric(probabilities, targets))
+
+
 def test_sequences_are_flattened_and_the_mean_probability_beats_the_mean_loss(batch: tuple[Tensor, Tensor]):
     probabilities, targets = batch
     close(metrics.brier_score(probabilities.view(100, 5, 7), targets.view(100, 5)), metrics.brier_score(*batch))

@@ -332,6 +332,12 @@ def test_bad_arguments_are_explained(arguments: dict[str, Any], message: str):
         predict(model, around(model), **{"x": data()[0], **arguments})
 
 
+def test_a_seed_in_place_of_a_generator_is_explained():
+    model = net()
+    with pytest.raises(TypeError, match=r"predict: generator must be a torch.Generator or None, got 1234.*manual_seed"):
+        predict(model, around(model), data()[0], generator=1234)  # type: ignore[arg-type]
+
+
 def test_averaging_lowers_the_likelihood_loss_of_overconfident_draws():
     model, (x, y) = nn.Linear(4, 3, dtype=torch.float64), data(64)
     posterior = around(model, width=Width(1.0, 0.05))

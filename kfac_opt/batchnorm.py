@@ -33,7 +33,8 @@ def update_bn(
         posterior: needed for ``"sample"``.
         generator: of the draws; None: the posterior's own.
 
-    Weights and mode of the model are afterwards what they were; after an error the old statistics as well.
+    Weights and mode of the model are afterwards what they were; after an error the old statistics as well. Layers that the
+    model does not run in evaluation mode (auxiliary heads) keep theirs.
 
     Raises:
         ValueError: for ``"sample"`` without a posterior, a posterior of another model, or an empty loader.
@@ -51,7 +52,8 @@ def update_bn(
     parameters = [] if posterior is None else parameters_of(model, posterior.shapes, posterior.fixed)
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    saved = [(norm, buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    unseen = set(norms)
     try:
         model.eval()
         for norm in norms:
@@ -69,11 +71,11 @@ def update_bn(
                 model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         if empty:
             raise ValueError("update_bn: the loader has no batches. Give at least one.")
-    except BaseException:
-        for buffer, value in saved:
-            buffer.copy_(value)
-        raise
+        unseen = {norm for norm in norms if norm.num_batches_tracked is not None and not int(norm.num_batches_tracked)}
     finally:
+        for norm, buffer, value in saved:
+            if norm in unseen:
+                buffer.copy_(value)
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, training in modes.items():

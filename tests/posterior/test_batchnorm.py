@@ -79,3 +79,25 @@ def test_bad_arguments_are_explained_and_statistics_survive(arguments: dict[str,
     with pytest.raises(ValueError, match=message):
         update_bn(model, [], **arguments)
     assert_same(dict(model.state_dict()), before)
+
+
+class WithAuxiliaryHead(nn.Module):
+    """The head runs in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.norm(x)
+        return out + self.head(x) if self.training else out
+
+
+def test_layers_that_do_not_run_keep_their_statistics():
+    torch.manual_seed(0)
+    model, x = WithAuxiliaryHead().double(), 3 + torch.randn(8, 3).double()
+    model(x)
+    before = {name: buffer.clone() for name, buffer in model.head.named_buffers()}
+    update_bn(model, [x])
+    assert_same(dict(model.head.named_buffers()), before)
+    close(model.norm.running_mean, x.mean(0))

@@ -21,6 +21,7 @@ from kfac_opt.curvature.collector import Collector
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.empirical import make_collector
 from kfac_opt.distributed import active_group, rank, sum_over_ranks_
+from kfac_opt.layers.embedding import padding_rows
 from kfac_opt.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.optim.estimation import Estimation
 from kfac_opt.optim.options import check_model, check_number, parameter_groups
@@ -109,7 +110,13 @@ def fit_laplace(
     posterior = build_posterior(
         "fit_laplace",
         model,
-        posterior_blocks(parameter_names(model), fit.tracked.values(), lambda entry: fit.states[entry.name], lambda _: width),
+        posterior_blocks(
+            parameter_names(model),
+            fit.tracked.values(),
+            lambda entry: fit.states[entry.name],
+            lambda _: width,
+            constant=padding_rows(model),
+        ),
         [parameter for group in parameters for parameter in group["params"]],
         width=width,
         likelihood=collector.likelihood,
@@ -240,8 +247,8 @@ def log_marginal_likelihood(posterior: Posterior, log_likelihood: float | None =
     total = torch.full((), log_likelihood, dtype=torch.float64, device=posterior.device)
     for block in posterior.blocks:
         precision = block.width.prior_precision
-        total = total - 0.5 * precision * _squared_norm(posterior, block) + 0.5 * block.layout.numel * math.log(precision)
-        total = total - 0.5 * (block.width.ess * block.form.eigenvalues.double() + precision).log().sum()
+        total = total - 0.5 * precision * _squared_norm(posterior, block) + 0.5 * block.num_random * math.log(precision)
+        total = total - 0.5 * block.random_part(block.width.ess * block.form.eigenvalues.double() + precision, 1.0).log().sum()
     return total
 
 
@@ -275,4 +282,5 @@ def best_prior_precision(posterior: Posterior, blocks: Sequence[PosteriorBlock] 
 
 
 def _squared_norm(posterior: Posterior, block: PosteriorBlock) -> Tensor:
-    return torch.stack([posterior.mean[name].double().square().sum() for name in block.names]).sum()
+    means = block.layout.to_matrix(*[posterior.mean[name].double() for name in block.names])
+    return block.random_part(means).square().sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import cast
 
 import torch
@@ -77,3 +78,15 @@ class EmbeddingAdapter(LayerAdapter):
         summed = rows.new_zeros(unique.shape[0], rows.shape[-1]).index_add_(0, index, rows.flatten(0, 1))
         squares = rows.new_zeros(size, rows.shape[-1]).index_add_(0, unique % size, summed.square())
         return squares.mT.unsqueeze(0)
+
+
+def padding_rows(model: nn.Module) -> dict[int, int]:
+    """Rows of embedding tables that are no parameters (``padding_idx``: torch never trains them), by the id of the weight.
+
+    A weight that another module uses as well is trained there.
+    """
+    modules = list(model.modules())
+    users = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
+    tables = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.padding_idx is not None]
+    rows = {id(table._parameters.get("weight")): cast(int, table.padding_idx) for table in tables}
+    return {weight: row for weight, row in rows.items() if users[weight] == 1}

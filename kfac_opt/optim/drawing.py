@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_opt.layers.embedding import padding_rows
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.base import CurvatureOptimizer
 from kfac_opt.optim.draws import Covariances, NoiseAhead, VariationalOptions
@@ -81,7 +82,8 @@ class DrawingOptimizer(CurvatureOptimizer):
     def _track(self) -> None:
         super()._track()
         self._forget_draws()
-        self._names = parameter_names(self._require_model())
+        model = self._require_model()
+        self._names, self._constant = parameter_names(model), padding_rows(model)
 
     # -- covariances --------------------------------------------------------------------------------------------
 
@@ -100,6 +102,7 @@ class DrawingOptimizer(CurvatureOptimizer):
             self._width,
             damping=self._variational.posterior_damping,
             current=current,
+            constant=self._constant,
         )
 
     def _drawing(self) -> Covariances:

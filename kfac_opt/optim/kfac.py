@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from kfac_opt.layers.embedding import padding_rows
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 from kfac_opt.optim.base import CurvatureOptimizer
 from kfac_opt.optim.options import check_number
@@ -214,10 +215,11 @@ class KFAC(CurvatureOptimizer):
         for name, value in (("num_data", num_data), ("prior_precision", prior_precision), ("temperature", temperature)):
             check_number(owner, name, value, low=0.0, open_low=True)
         model, width = self._require_model(), Width(num_data / temperature, prior_precision)
+        names, constant = parameter_names(model), padding_rows(model)
         return build_posterior(
             owner,
             model,
-            posterior_blocks(parameter_names(model), self._tracked.values(), self._block_state, lambda _: width),
+            posterior_blocks(names, self._tracked.values(), self._block_state, lambda _: width, constant=constant),
             [parameter for group in self.param_groups for parameter in group["params"]],
             width=width,
             likelihood=self._likelihood,

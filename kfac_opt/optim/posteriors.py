@@ -61,6 +61,7 @@ def posterior_blocks(
     *,
     damping: PosteriorDamping = "exact",
     current: bool = True,
+    constant: Mapping[int, int] | None = None,
 ) -> list[PosteriorBlock]:
     """Blocks of what is trained and has curvature; the tensors may be those of the state, not copies.
 
@@ -70,6 +71,7 @@ def posterior_blocks(
         width_of: data size, prior and floor of a layer.
         damping: ``"factored"`` concerns Kronecker blocks alone.
         current: eigenbases of the current factors, or those of the last refresh.
+        constant: rows that are no parameters, by the id of their table (``padding_rows``).
     """
     blocks: list[PosteriorBlock] = []
     for entry in tracked:
@@ -92,6 +94,7 @@ def posterior_blocks(
                 form=form,
                 width=width_of(entry),
                 damping=damping if is_product else "exact",
+                constant=(constant or {}).get(id(entry.weight)),
             )
         )
     return blocks

@@ -67,6 +67,7 @@ class PosteriorBlock:
             :math:`V_{ij} = 1 / (\mathrm{ess}\,(\lambda^G_i + \sqrt d/\pi)(\lambda^A_j + \pi\sqrt d))`, as in Noisy
             K-FAC (Zhang et al. 2018, arXiv:1712.02390). It is too narrow in directions that neither factor
             determines, up to an order of magnitude, and therefore not the default.
+        constant: row of an embedding's table that is no parameter, its ``padding_idx``, or None: it is not random.
     """
 
     weight: str
@@ -75,6 +76,7 @@ class PosteriorBlock:
     form: SpectralForm
     width: Width
     damping: PosteriorDamping = "exact"
+    constant: int | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.form.eigenvalues.shape) != self.layout.shape:
@@ -87,6 +89,21 @@ class PosteriorBlock:
                 f"Posterior: the block of '{self.weight}' has bias={self.bias!r}, but its layout has "
                 f"has_bias={self.layout.has_bias}. Name the bias exactly when it is a column of the matrix."
             )
+
+    @property
+    def num_random(self) -> int:
+        """Number of random weights."""
+        row = 0 if self.constant is None else math.prod(self.layout.weight_shape[1:])
+        return self.layout.numel - row
+
+    def random_part(self, matrix: Tensor, elsewhere: float = 0.0) -> Tensor:
+        """``matrix [groups, out_dim, in_dim]`` of weights, or of values in the eigenbasis, ``elsewhere`` where none is random."""
+        if self.constant is None:
+            return matrix
+        # The input side of an embedding has no basis: its rows stay apart in the eigenbasis.
+        constant = torch.zeros(self.layout.weight_shape, dtype=torch.bool, device=matrix.device)
+        constant[self.constant] = True
+        return matrix.masked_fill(self.layout.to_matrix(constant), elsewhere)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,15 +127,19 @@ class PosteriorBlock:
     @cached_property
     def deviation(self) -> Tensor:
         """``√V [groups, out_dim, in_dim]``."""
-        return self.spectrum.sqrt()
+        return self.random_part(self.spectrum.sqrt())
 
     def whiten(self, deviation: Tensor) -> Tensor:
         """A deviation from the mean as the independent standard normal numbers that a draw would make it of."""
-        return self.form.rotate(deviation) / self.deviation
+        return self.form.rotate(self.random_part(deviation)) / self.spectrum.sqrt()
+
+    def log_determinant(self) -> Tensor:
+        """Of the covariance, 0-dim float64."""
+        return self.random_part(self.spectrum.double(), 1.0).log().sum()
 
     def marginal_variance(self) -> Tensor:
         """Diagonal of the covariance, ``[groups, out_dim, in_dim]``."""
-        return replace(self.form, eigenvalues=self.spectrum).diagonal()
+        return replace(self.form, eigenvalues=self.random_part(self.spectrum)).diagonal()
 
     def with_width(self, width: Width) -> PosteriorBlock:
         """The same Fisher block under another data size, prior or floor."""
@@ -140,6 +161,7 @@ class PosteriorBlock:
             "input_basis": self.form.input_basis,
             "eigenvalues": self.form.eigenvalues,
             "damping": self.damping,
+            "constant": self.constant,
             "ess": self.width.ess,
             "prior_precision": self.width.prior_precision,
             "floor": self.width.floor,
@@ -155,12 +177,13 @@ class PosteriorBlock:
             form=SpectralForm(state["output_basis"], state["input_basis"], state["eigenvalues"]),
             width=Width(state["ess"], state["prior_precision"], state["floor"]),
             damping=state["damping"],
+            constant=state.get("constant"),
         )
 
 
-def uncurved_block(name: str, parameter: Tensor, width: Width) -> PosteriorBlock:
+def uncurved_block(name: str, parameter: Tensor, width: Width, constant: int | None = None) -> PosteriorBlock:
     """Block of a parameter without curvature: its Fisher is zero, its variance that of the prior (less the floor)."""
     layout = MatrixLayout("flat", tuple(parameter.shape))
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     zeros = torch.zeros(layout.shape, dtype=dtype, device=parameter.device)
-    return PosteriorBlock(name, None, layout, SpectralForm(None, None, zeros), width)
+    return PosteriorBlock(name, None, layout, SpectralForm(None, None, zeros), width, constant=constant)

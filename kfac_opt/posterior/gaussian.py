@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from kfac_opt.layers.embedding import padding_rows
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.posterior.block import PosteriorBlock, Width, uncurved_block
 from kfac_opt.posterior.noise import NoiseSource, add_noise
@@ -96,7 +97,9 @@ class Posterior:
             names = [name for name, parameter in named.items() if parameter.requires_grad or name in covered]
         means = {name: parameter for name, parameter in named.items() if name in names}
         widths = width if isinstance(width, Mapping) else dict.fromkeys(means, width)
-        blocks += [uncurved_block(name, mean, widths[name]) for name, mean in means.items() if name not in covered]
+        rows = padding_rows(unwrapped(model))
+        alone = [(name, parameter) for name, parameter in means.items() if name not in covered]
+        blocks += [uncurved_block(name, p, widths[name], rows.get(id(p))) for name, p in alone]
         return cls(
             means,
             blocks,
@@ -134,7 +137,7 @@ class Posterior:
     @property
     def num_parameters(self) -> int:
         """``D``, the number of random weights."""
-        return sum(mean.numel() for mean in self.mean.values())
+        return sum(block.num_random for block in self.blocks)
 
     @property
     def width(self) -> Width:
@@ -191,12 +194,12 @@ class Posterior:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for block in self.blocks:
             white = block.whiten(self._matrix(block, lambda name: sample[name] - self.mean[name])).double()
-            total = total - 0.5 * (white.square().sum() + block.spectrum.double().log().sum())
+            total = total - 0.5 * (white.square().sum() + block.log_determinant())
         return total - 0.5 * self.num_parameters * math.log(2 * math.pi)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, 0-dim float64."""
-        logs = [block.spectrum.double().log().sum() for block in self.blocks]
+        logs = [block.log_determinant() for block in self.blocks]
         return 0.5 * (torch.stack(logs).sum() + self.num_parameters * (1 + math.log(2 * math.pi)))
 
     def kl(self) -> Tensor:
@@ -209,10 +212,8 @@ class Posterior:
         for block in self.blocks:
             precision = block.width.prior_precision
             spectrum, mean = block.spectrum.double(), self._matrix(block, lambda name: self.mean[name]).double()
-            parts.append(
-                0.5 * (precision * (spectrum.sum() + mean.square().sum()) - spectrum.log().sum())
-                - 0.5 * block.layout.numel * (1 + math.log(precision))
-            )
+            squares = block.random_part(spectrum + mean.square()).sum()
+            parts.append(0.5 * (precision * squares - block.log_determinant() - block.num_random * (1 + math.log(precision))))
         return torch.stack(parts).sum()
 
     def with_width(self, width: Width | Mapping[str, Width]) -> Posterior:

@@ -100,7 +100,7 @@ class _Part:
 
     def deviations(self) -> Tensor:
         """``√V`` in the order of the numbers."""
-        deviations = self.block.spectrum.sqrt_()
+        deviations = self.block.random_part(self.block.spectrum.sqrt_())
         return (deviations.mT if self.transposed else deviations).reshape(-1)
 
     def write(self, values: Tensor, noise: dict[str, Tensor]) -> None:

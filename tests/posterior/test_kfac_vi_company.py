@@ -11,9 +11,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 
+from kfac_opt import Posterior
+from kfac_opt.laplace import fit_laplace, log_marginal_likelihood
+from kfac_opt.posterior import Width
 from kfac_opt.prediction import predict
+from tests.posterior.helpers import dense_covariance, flat
 from tests.posterior.test_kfac_vi import backward, train, vi
 from tests.support import assert_same, close, data, gradients, mlp
 
@@ -160,3 +165,62 @@ def test_running_statistics_are_those_of_passes_that_count(rule: str, way: str):
     moves = {"step": 1, "pass": 2 if way == "not finite" else 3}[rule]
     close(model[1].running_mean, (1 - 0.9**moves) * model[0](x).mean(0).detach())
     assert int(model[1].num_batches_tracked) == moves
+
+
+class Padded(nn.Module):
+    """Means of embedded tokens; token 2 is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(6, 3, padding_idx=2).double(), nn.Linear(3, 4, bias=False).double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.table(tokens).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])
+def test_padding_rows_of_an_embedding_are_not_random(curvature: str, tmp_path: Any):
+    """They are no parameters: torch never trains them, and a model may count on their being zero."""
+    model = Padded()
+    with torch.no_grad():
+        model.table.weight[2] = 0.5  # a constant all the same
+    optimizer = vi(model, lr=0.0, curvature=curvature, posterior_floor=0.1)
+    tokens, labels = torch.arange(24).view(8, 3) % 6, torch.arange(8) % 4
+    for _ in range(2):
+        for _ in optimizer.weight_samples(2):
+            backward(model, tokens, labels)
+        optimizer.step()
+    pad = model.table.weight[2].detach().clone()
+    for _ in optimizer.weight_samples(2):
+        assert_same(model.table.weight[2].detach(), pad)
+    with optimizer.sampled_params():
+        assert_same(model.table.weight[2].detach(), pad)
+    optimizer.posterior().save(tmp_path / "posterior.pt")
+    laplace = fit_laplace(model.eval(), [(tokens, labels)], curvature=curvature, factor_dtype=torch.float64)
+    for posterior in (optimizer.posterior(), Posterior.load(tmp_path / "posterior.pt"), laplace):
+        draw = posterior.sample()
+        assert_same(draw["table.weight"][2], pad)
+        assert float((draw["table.weight"][3] - posterior.mean["table.weight"][3]).abs().min()) > 0
+        assert not posterior.variance()["table.weight"][2].any()
+        # All densities are those of the Gaussian over the other weights.
+        random = torch.cat([torch.arange(6).repeat_interleave(3) != 2, torch.ones(12, dtype=torch.bool)])
+        whole = dense_covariance(posterior)
+        mean = flat(posterior.mean)[random]
+        q = MultivariateNormal(mean, whole[random][:, random])
+        precision = posterior.blocks[0].width.prior_precision
+        p = MultivariateNormal(torch.zeros_like(mean), torch.eye(len(mean), dtype=torch.float64) / precision)
+        assert posterior.num_parameters == len(mean) == 27
+        close(posterior.log_prob(draw), q.log_prob(flat(draw)[random]), 1e-9)
+        close(posterior.entropy(), q.entropy(), 1e-9)
+        close(posterior.kl(), kl_divergence(q, p), 1e-9)
+    evidence = laplace.log_likelihood - 0.5 * mean.square().sum() + 0.5 * torch.logdet(q.covariance_matrix)
+    close(log_marginal_likelihood(laplace), evidence, 1e-9)
+
+
+def test_a_padding_row_that_another_layer_trains_is_random():
+    model = nn.ModuleDict({"table": nn.Embedding(6, 3, padding_idx=2), "head": nn.Linear(3, 6, bias=False)})
+    model["head"].weight = model["table"].weight
+    posterior = Posterior.from_model(model, [], width=Width(10.0))
+    assert bool((posterior.variance()["table.weight"] > 0).all())

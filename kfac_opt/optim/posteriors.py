@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -117,10 +118,16 @@ def follows_refreshes(block: CurvatureBlock) -> bool:
 def safe_floor(block: CurvatureBlock, ess: float, prior_precision: float) -> float:
     """The floor that keeps the noise below the signal: no weight's deviation is above ``0.5 / √in_dim``.
 
-    Inputs of unit size then meet noise of at most half that size. Norm layers and single parameters, whose weights are
-    no sums over inputs, get deviations of at most 0.05.
+    Inputs of unit size then meet noise of at most half that size. Norm layers and single parameters, which are no sums
+    over inputs, get deviations of at most 0.05; so do weights without a matrix block (``MultiheadAttention``, LSTM,
+    ``curvature="diagonal"``), unless they have more than a hundred inputs, as torch's initialization counts them.
     """
-    largest = 0.5 / block.layout.shape[2] ** 0.5 if isinstance(block, KroneckerBlock) else 0.05
+    layout = block.layout
+    if isinstance(block, KroneckerBlock):
+        largest = 0.5 / layout.shape[2] ** 0.5
+    else:
+        in_dim = math.prod(layout.weight_shape[1:]) if layout.kind == "flat" else 1
+        largest = min(0.05, 0.5 / max(1, in_dim) ** 0.5)
     return max(0.0, 1.0 / (ess * largest**2) - prior_precision / ess)
 
 

@@ -675,6 +675,32 @@ def test_the_default_floor_keeps_the_noise_below_the_signal():
     assert all(block.width.floor == 0.0 for block in optimizer.posterior().blocks)
 
 
+class Attention(nn.Module):
+    """Projections without a matrix block, 256 inputs wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.head = nn.MultiheadAttention(256, 2, batch_first=True), nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.attention(x, x, x)[0][:, 0])
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:.*diagonal curvature")
+@pytest.mark.parametrize("kind", ["attention", "diagonal"])
+def test_the_default_floor_counts_the_inputs_of_weights_without_a_matrix_block(kind: str):
+    """A deviation of 0.05 would be noise of 0.8 at an output with 256 inputs of unit size."""
+    model = Attention() if kind == "attention" else nn.Sequential(nn.Linear(256, 1), nn.Linear(1, 3))
+    optimizer = KFACVI(model, num_data=20, curvature="kronecker" if kind == "attention" else "diagonal")
+    F.cross_entropy(model(torch.randn(8, 4, 256) if kind == "attention" else torch.randn(8, 256)), torch.arange(8) % 3).backward()
+    optimizer.step()
+    name = "attention.in_proj_weight" if kind == "attention" else "0.weight"
+    (block,) = [block for block in optimizer.posterior().blocks if block.weight == name]
+    assert 0.4 < float(block.deviation.max()) * 256**0.5 <= 0.5 * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis"])
 def test_diagonal_blocks_of_factors_are_those_of_the_covariance(curvature: str):
     model, whole = mlp(), mlp()

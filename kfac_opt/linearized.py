@@ -16,7 +16,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from kfac_opt.likelihoods import Gaussian
 from kfac_opt.outputs import pick_logits
-from kfac_opt.posterior import Posterior, parameters_of
+from kfac_opt.posterior import Posterior, erase_weights_, parameters_of, restored_weights
 from kfac_opt.prediction import Inputs, Prediction, batches_of, concatenated, summarize
 from kfac_opt.wrappers import unwrapped
 
@@ -44,7 +44,7 @@ def output_distribution(
     if model.training:
         raise ValueError("linearized prediction: the model is in training mode. Call model.eval() first.")
     model = unwrapped(model)
-    parameters_of(model, posterior.shapes, posterior.fixed)
+    parameters = parameters_of(model, posterior.shapes, posterior.fixed)
     given = x if isinstance(x, Mapping) else {"": x}
     batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 0}
     if len({len(value) for value in batch.values()}) != 1 or not len(next(iter(batch.values()))):
@@ -64,7 +64,15 @@ def output_distribution(
             )
         return result.squeeze(0)
 
-    num_outputs = logits(posterior.mean, {name: value[0] for name, value in batch.items()}).numel()
+    with restored_weights(parameters):
+        erase_weights_(parameters)
+        first = logits(posterior.mean, {name: value[0] for name, value in batch.items()})
+    if bool(first.isnan().any()):
+        raise ValueError(
+            "linearized prediction: the outputs are not numbers: those of the posterior's mean are not, or the model reads a "
+            "weight that it keeps outside its parameters as well (in a list, in a closure). Read it off its module instead."
+        )
+    num_outputs = first.numel()
     chunk = max(1, CHUNK_ENTRIES // (num_outputs * posterior.num_parameters))
     parts = [dict(zip(batch, tensors)) for tensors in zip(*[value.split(chunk) for value in batch.values()])]
     means, covariances = [], []

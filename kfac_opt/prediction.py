@@ -12,7 +12,7 @@ from torch.func import functional_call, vmap
 
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 from kfac_opt.outputs import pick_logits
-from kfac_opt.posterior import Posterior, add_noise, parameters_of, restored_weights, write_draw_
+from kfac_opt.posterior import Posterior, add_noise, erase_weights_, parameters_of, restored_weights, write_draw_
 from kfac_opt.running import RunningPrediction, entropy
 
 Inputs = Tensor | Mapping[str, Any] | Iterable[Any]
@@ -79,7 +79,7 @@ def predict(
         generator: of the draws; None: the posterior's own, which goes on from call to call.
         vectorize: ``"loop"`` runs one draw after the other, ``"vmap"`` up to 16 at once (``torch.func``),
             ``"auto"`` picks ``"vmap"`` for batches of at most 16 examples, and falls back to the loop
-            for models that ``vmap`` cannot run. The draws are the same.
+            for models that ``vmap`` cannot run, or whose weights it cannot replace. The draws are the same.
         antithetic: draws 2i and 2i + 1 are ``μ ± ε``, with the noise of draw i of the posterior; an odd last draw stands
             alone. Half the price of the draws, and errors odd in the noise cancel; not the default because
             the single draws are then not independent.
@@ -198,7 +198,14 @@ class _Ensemble:
             args, kwargs = ((), self.inputs) if isinstance(self.inputs, Mapping) else ((self.inputs,), {})
             return self._logits(functional_call(self.model, weights, args, dict(kwargs)))
 
-        return vmap(run, randomness="different")(stacked)
+        erase_weights_(self.parameters)
+        result: Tensor = vmap(run, randomness="different")(stacked)
+        if bool(result.isnan().any()):
+            raise RuntimeError(
+                "predict: vectorize='vmap' gives outputs that are not numbers: an input is none, a draw overflows, or the model "
+                "reads a weight that it keeps outside its parameters as well (in a list, in a closure). Use vectorize='loop'."
+            )
+        return result
 
     def _logits(self, result: Any) -> Tensor:
         logits, _ = pick_logits(result, self.pick)

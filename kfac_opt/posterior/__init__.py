@@ -3,7 +3,7 @@
 from kfac_opt.posterior.block import PosteriorBlock, PosteriorDamping, Width, uncurved_block
 from kfac_opt.posterior.gaussian import Posterior
 from kfac_opt.posterior.noise import NoiseSource, add_noise
-from kfac_opt.posterior.weights import load_weights_, parameters_of, restored_weights, write_draw_
+from kfac_opt.posterior.weights import erase_weights_, load_weights_, parameters_of, restored_weights, write_draw_
 
 __all__ = [
     "NoiseSource",
@@ -12,6 +12,7 @@ __all__ = [
     "PosteriorDamping",
     "Width",
     "add_noise",
+    "erase_weights_",
     "load_weights_",
     "parameters_of",
     "restored_weights",

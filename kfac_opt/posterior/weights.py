@@ -51,6 +51,16 @@ def load_weights_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Non
 
 
 @torch.no_grad()
+def erase_weights_(parameters: Sequence[Tensor]) -> None:
+    """Not a number, everywhere: ``functional_call`` puts others in their place, and a model that reads these shows it.
+
+    It replaces what modules register; a weight that is kept in a list or a closure besides would silently stay as it is.
+    """
+    for parameter in parameters:
+        parameter.fill_(torch.nan)
+
+
+@torch.no_grad()
 def write_draw_(parameters: Sequence[Tensor], means: Sequence[Tensor], noise: Sequence[Tensor], sign: float = 1.0) -> None:
     """``w ← μ + sign · ε`` into ``parameters``, added in the wider of both dtypes and on the device of the means."""
     for parameter, mean, part in zip(parameters, means, noise):

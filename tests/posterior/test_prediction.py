@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kfac_opt.likelihoods import Categorical
+from kfac_opt.linearized import linearized_predict
 from kfac_opt.posterior import Posterior, Width
 from kfac_opt.prediction import mixture, predict
 from tests.posterior.helpers import WIDTH
@@ -198,6 +199,31 @@ def test_auto_falls_back_to_the_loop_where_vmap_cannot_run_the_model():
         predict(model, posterior, x, 3, generator(), "vmap")
     auto, loop = (predict(model, posterior, x, 3, generator(), v).probabilities for v in ("auto", "loop"))
     close(auto, loop)
+
+
+class HiddenWeight(nn.Module):
+    """The output layer has the table's weight, kept in a list so that it is registered once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(7, 4).double()
+        self.shared = [self.table.weight]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.table(tokens).mean(1).tanh(), self.shared[0])
+
+
+def test_a_weight_that_vmap_would_leave_as_it_is_sends_the_prediction_through_the_loop():
+    model, tokens = HiddenWeight().eval(), torch.arange(6).view(2, 3)
+    before, generator = weights(model), lambda: torch.Generator().manual_seed(1)
+    loop = predict(model, around(model), tokens, 5, generator(), "loop")
+    close(predict(model, around(model), tokens, 5, generator()).probabilities, loop.probabilities)
+    with pytest.raises(RuntimeError, match=r"not numbers.*outside its parameters.*vectorize='loop'"):
+        predict(model, around(model), tokens, 5, generator(), "vmap")
+    with pytest.raises(ValueError, match=r"linearized prediction: the outputs are not numbers.*outside its parameters"):
+        linearized_predict(model, around(model), tokens)
+    assert_same(weights(model), before)
 
 
 def test_a_posterior_of_another_model_is_refused_with_names_and_shapes():

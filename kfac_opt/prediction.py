@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -100,7 +101,7 @@ def predict(
     >>> predict(model, posterior, torch.zeros(5, 2), num_samples=10).probabilities.shape
     torch.Size([5, 3])
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
+    if not isinstance(num_samples, Integral) or num_samples < 1:
         raise ValueError(f"predict: num_samples must be an integer >= 1, got {num_samples}")
     if vectorize not in ("auto", "loop", "vmap"):
         raise ValueError(f"predict: vectorize must be 'auto', 'loop' or 'vmap', got {vectorize!r}")

@@ -126,8 +126,8 @@ class SamplingOptimizer(DrawingOptimizer):
         optimized = list(named.values())
         own = set(map(id, optimized))
         gradients = GradientMean(optimized, [p for p in model.parameters() if p.requires_grad and id(p) not in own])
-        if all(parameter.grad is None for parameter in optimized):  # a skipped step leaves noise without a gradient
-            self._noise_sum, self._noise_count = {}, 0
+        if self._noise_count and not any(_has_gradient(parameter) for parameter in optimized):
+            self._noise_sum, self._noise_count = {}, 0  # that of a skipped step
         first = self._next_draw + self._next_draw % 2  # pairs never span two loops
         self._inside = "weight_samples()"
         try:
@@ -265,3 +265,8 @@ class SamplingOptimizer(DrawingOptimizer):
         totals = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum().to(losses.dtype), losses.sum()])
         sum_over_ranks_([totals], self._sample_group())
         return torch.where(totals[1] > 0, totals[0] / totals[1], totals[2])
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    """Not what ``zero_grad()`` leaves, of either kind."""
+    return parameter.grad is not None and (parameter.grad.is_sparse or bool(parameter.grad.any()))

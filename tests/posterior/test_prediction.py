@@ -358,6 +358,12 @@ def test_bad_arguments_are_explained(arguments: dict[str, Any], message: str):
         predict(model, around(model), **{"x": data()[0], **arguments})
 
 
+def test_whole_numbers_of_numpy_are_numbers_of_samples():
+    numpy = pytest.importorskip("numpy")
+    model = net()
+    assert len(predict(model, around(model), data()[0], numpy.int64(3), keep_samples=True).samples) == 3
+
+
 def test_a_seed_in_place_of_a_generator_is_explained():
     model = net()
     with pytest.raises(TypeError, match=r"predict: generator must be a torch.Generator or None, got 1234.*manual_seed"):

@@ -111,8 +111,9 @@ class BatchStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         names = ("running_mean", "running_var", "num_batches_tracked")
-        buffers = [getattr(m, name, None) for m in model.modules() if m.training for name in names]
-        self.saved = [(buffer, buffer.clone()) for buffer in buffers if isinstance(buffer, Tensor)]
+        # Read off the dict of buffers: a module raises and catches where it has no such attribute, at every pass.
+        buffers = [m._buffers.get(name) for m in model.modules() if m.training and m._buffers for name in names]
+        self.saved = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
 
     @torch.no_grad()
     def restore_(self) -> None:

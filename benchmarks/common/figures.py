@@ -67,8 +67,9 @@ def line_figure(
     log_x: bool = False,
     log_y: bool = True,
     level: tuple[float, str] | None = None,
+    legend_beside: bool = False,
 ) -> bytes:
-    """PNG of ``curves``; ``level`` is a horizontal line with its label."""
+    """PNG of ``curves``; ``level`` is a horizontal line with its label, ``legend_beside`` for curves that leave no room."""
     with house_style():
         figure, axes = plt.subplots()
         for index, curve in enumerate(curves):
@@ -83,7 +84,10 @@ def line_figure(
             axes.set_yscale("log")
         if log_x:
             axes.set_xscale("log")
-        axes.legend()
+        if legend_beside:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+        else:
+            axes.legend()
         return figure_png(figure)
 
 

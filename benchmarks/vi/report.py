@@ -58,7 +58,12 @@ def curves_figure(results: Results) -> bytes:
         training = spread("", epochs, [run["train_accuracy"] for run in runs], colour=colour, style="--")
         curves.append(Curve("_training", training.x, training.middle, colour=colour, style="--"))
     return line_figure(
-        curves, x_label="epoch", y_label="accuracy", title="Test (solid) and training (dashed) accuracy", log_y=False
+        curves,
+        x_label="epoch",
+        y_label="accuracy",
+        title="Test (solid) and training (dashed) accuracy",
+        log_y=False,
+        legend_beside=True,
     )
 
 

@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-gpu lint types floors check clean
+.PHONY: install demo test test-slow test-gpu lint types floors check docs package clean
 
 install: $(STAMP)
 
@@ -40,5 +40,21 @@ floors: install
 
 check: lint types floors test
 
+# The documentation site: runs the gallery under examples/, warnings are errors, nothing is fetched.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[benchmarks,dev,docs]'
+	touch $(VENV)/.docs
+
+# What is uploaded: source archive and wheel, checked; the tests install the wheel and train with it.
+package: install
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_package.py -m "slow or not slow"
+
 clean:
-	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out build dist docs/_build docs/gallery docs/api/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache

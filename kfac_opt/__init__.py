@@ -5,4 +5,6 @@ from kfac_opt.optim.kfac import KFAC
 from kfac_opt.optim.kfac_vi import KFACVI
 from kfac_opt.posterior import Posterior
 
-__all__ = ["KFAC", "KFACVI", "Posterior", "register_layer"]
+__version__ = "0.2.0.dev0"
+
+__all__ = ["KFAC", "KFACVI", "Posterior", "__version__", "register_layer"]

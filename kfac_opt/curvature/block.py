@@ -85,11 +85,15 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Damping:
-    """Damping in force: ``extra + value`` or, relative, ``extra + value · max(τ, 0.1 max τ)`` (MATH: damping scale)."""
+    """Damping in force: ``extra + value`` or, relative, ``extra + value · max(τ, 0.1 max τ)`` (MATH: damping scale).
+
+    ``power`` is that of the damped curvature: directions are ``(F + γ)^(-power) V``.
+    """
 
     value: float
     relative: bool
     extra: float = 0.0
+    power: float = 1.0
 
     def of(self, state: State) -> Tensor:
         """0-dim γ of a block. A block whose scale was zero so far gets 1: it then leaves the gradient alone."""
@@ -178,15 +182,15 @@ class CurvatureBlock(ABC):
         """Whether there is curvature to precondition with."""
         return float(state["weight"]) > 0.0
 
-    def needs_first_refresh(self, state: State) -> bool:
-        """Whether an estimate is there that no refresh has seen yet."""
+    def needs_refresh(self, state: State, power: float) -> bool:
+        """Whether an estimate is there that no refresh for this power has seen yet."""
         return False
 
     # -- use ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
-        """``(F + γ)⁻¹`` applied to a gradient ``[groups, out_dim, in_dim]`` in ``dtype``."""
+        """``(F + γ)^(-power)`` applied to a gradient ``[groups, out_dim, in_dim]`` in ``dtype``."""
 
     @abstractmethod
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
-from kfac_opt.curvature.spectral import SpectralForm, two_by_two
+from kfac_opt.curvature.spectral import SpectralForm, divided, two_by_two
 from kfac_opt.layers.norm import NormAdapter
 
 
@@ -43,7 +43,7 @@ class DiagonalBlock(CurvatureBlock):
         return state["diagonal"] / float(state["weight"])
 
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
-        return matrix / (self.diagonal(state).reshape(matrix.shape) + damping.of(state))
+        return divided(matrix, self.diagonal(state).reshape(matrix.shape) + damping.of(state), damping.power)
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         return SpectralForm(None, None, self.diagonal(state).reshape(self.layout.shape))
@@ -86,7 +86,9 @@ class NormBlock(CurvatureBlock):
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
         block, gamma = self.moment(state), damping.of(state)
         if block.shape[-1] == 1:
-            return matrix / (block + gamma)
+            return divided(matrix, block + gamma, damping.power)
+        if damping.power != 1.0:
+            return self.spectral_form(state).solve(matrix, gamma, damping.power)
         a, b, d = block[:, 0, 0] + gamma, block[:, 0, 1], block[:, 1, 1] + gamma
         scale, shift = matrix[:, 0, 0], matrix[:, 0, 1]
         determinant = a * d - b * b

@@ -12,7 +12,7 @@ from kfac_opt.curvature.block import Damping, State
 from kfac_opt.curvature.factors import SIDES, FactorBlock
 from kfac_opt.curvature.gradient_rows import outer, rows_that_pay
 from kfac_opt.curvature.movement import movement, sketches
-from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt.curvature.spectral import SpectralForm, divided
 from kfac_opt.layers import LayerAdapter, WeightSharing
 from kfac_opt.linalg import FactorizationError, pi_correction, split_damped
 
@@ -25,8 +25,8 @@ Work = Callable[..., Refreshed]  # of nothing, or of what another solved already
 class KroneckerBlock(FactorBlock):
     r"""``A ⊗ G`` of the averaged factors (``factors``): its inverse, and the products with it.
 
-    ``style="factored"`` preconditions with :math:`(G + \sqrt\gamma/\pi)^{-1} V (A + \pi\sqrt\gamma)^{-1}`, ``"exact"``
-    with :math:`(A \otimes G + \gamma I)^{-1}` in the eigenbases, ``"split"`` as the factored style, but there. ``basis``
+    ``style="factored"`` preconditions with :math:`(G + \sqrt\gamma/\pi)^{-p} V (A + \pi\sqrt\gamma)^{-p}`, ``"exact"``
+    with :math:`(A \otimes G + \gamma I)^{-p}` in the eigenbases, ``"split"`` as the factored style, but there. ``basis``
     keeps eigenbases beside the inverses of the factored style (posterior samples need them, and two products with
     inverses cost half of four with bases).
 
@@ -72,6 +72,7 @@ class KroneckerBlock(FactorBlock):
                 state[f"{name}_sketch"] = torch.zeros(self.groups, side.dim, dtype=self.dtype, device=device)
             state[f"{name}_factor"] = torch.zeros(side.factor_shape, dtype=self.dtype, device=device)
             if not self.in_basis:
+                state["refreshed_power"] = torch.zeros((), dtype=torch.float64)
                 state[f"{name}_inverse"] = torch.zeros(side.inverse_shape, dtype=self.inverse_dtype, device=device)
             if not self.keeps_basis:
                 continue
@@ -106,7 +107,7 @@ class KroneckerBlock(FactorBlock):
             return None  # bases do not depend on the damping
         gamma = damping.of(state)
         now = sketches(state, self.sides, gamma) if self.refresh_tolerance > 0.0 else {}
-        if now and self._hardly_moved(state, now):
+        if now and not self.needs_refresh(state, damping.power) and self._hardly_moved(state, now):
             state["skipped"] += 1
             return None
         names = [*(f"{side}_factor" for side in SIDES), "weight"]
@@ -114,16 +115,20 @@ class KroneckerBlock(FactorBlock):
 
         def work(solved: Refreshed | None = None) -> Refreshed:
             new = {name: [value] for name, value in now.items()}
+            if not self.in_basis:
+                new["refreshed_power"] = [torch.tensor(damping.power, dtype=torch.float64)]
             if solved is not None:
                 return {**new, **solved}
             if self.keeps_basis and moved:
                 new |= self._bases(given)
-            return new if self.in_basis else {**new, **self._inverses(given, gamma, None if detached else state)}
+            if self.in_basis:
+                return new
+            return {**new, **self._inverses(given, gamma, damping.power, None if detached else state)}
 
         return work
 
     def problems(self, state: State, damping: Damping) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """What a refresh of whole dense sides has to solve: ``(X + γ)⁻¹``, or with γ None the eigenbasis, by name of state."""
+        """What a refresh of whole dense sides solves, by name of state: ``(X + γ)^(-power)``; with γ None the eigenbasis."""
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
         if self.keeps_basis and not torch.equal(state["refreshed_estimates"], state["estimates"]):
             found |= {f"{name}_basis": (self._factor_blocks(state, name)[0], None) for name in SIDES}
@@ -174,14 +179,15 @@ class KroneckerBlock(FactorBlock):
         pi = pi_correction(means["input"], means["output"])
         return {"input": pi * gamma.sqrt(), "output": gamma.sqrt() / pi}
 
-    def _inverses(self, given: State, gamma: Tensor, into: State | None) -> Refreshed:
-        """Of both sides; the larger one comes last and may go straight into the state ``into``."""
+    def _inverses(self, given: State, gamma: Tensor, power: float, into: State | None) -> Refreshed:
+        """Inverse roots of both sides; the larger one comes last and may go straight into the state ``into``."""
         weights, splits = self._weights_and_splits(given, gamma)
         inverses: Refreshed = {}
         for name in sorted(SIDES, key=lambda name: self.sides[name].cost()):
             key, side = f"{name}_inverse", self.sides[name]
             target = None if into is None or name != max(SIDES, key=lambda n: self.sides[n].cost()) else into[key]
-            inverses[key] = side.inverses(given[f"{name}_factor"], weights, splits[name], self.inverse_dtype, target)
+            factor, split = given[f"{name}_factor"], splits[name]
+            inverses[key] = side.inverses(factor, weights, split, self.inverse_dtype, target, power=power)
         return inverses
 
     def _weights_and_splits(self, given: State, gamma: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -216,14 +222,15 @@ class KroneckerBlock(FactorBlock):
     def ready(self, state: State) -> bool:
         return int(state["refreshes"]) > 0
 
-    def needs_first_refresh(self, state: State) -> bool:
-        return int(state["refreshes"]) == 0 and super().ready(state)
+    def needs_refresh(self, state: State, power: float) -> bool:
+        behind = int(state["refreshes"]) == 0 if self.in_basis else float(state["refreshed_power"]) != power
+        return behind and super().ready(state)
 
     # -- use ----------------------------------------------------------------------------------------------------
 
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
         if self.in_basis:
-            turned = self._turn(state, matrix) / self.denominators(state, damping)
+            turned = divided(self._turn(state, matrix), self.denominators(state, damping), damping.power)
             return self._turn(state, turned, back=True)
         right = self.sides["input"].times_inverse(matrix, state["input_inverse"])
         return self.sides["output"].inverse_times(state["output_inverse"], right).to(self.dtype)
@@ -253,7 +260,7 @@ class KroneckerBlock(FactorBlock):
         return matrix
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
-        """What the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
+        """To the power, what the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
         return self._damped(_outer(state["output_values"], state["input_values"]), damping.of(state))
 
     def _damped(self, eigenvalues: Tensor, gamma: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kfac_opt.layers.adapter import MomentRows
 from kfac_opt.linalg import (
-    damped_inverse,
     damped_inverse_,
+    damped_root,
     eigenbasis,
     inverts_in_place,
     pack_triangle,
     stacked,
+    to_power,
     triangle_size,
     unpack_triangle,
 )
@@ -178,9 +179,16 @@ class Side:
     # -- refresh ------------------------------------------------------------------------------------------------
 
     def inverses(
-        self, factor: Tensor, weight: Tensor, damping: Tensor, dtype: torch.dtype, into: Tensor | None = None
+        self,
+        factor: Tensor,
+        weight: Tensor,
+        damping: Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+        *,
+        power: float = 1.0,
     ) -> list[Tensor]:
-        """``(X / w + γ)⁻¹`` of each block.
+        """``(X / w + γ)^(-power)`` of each block.
 
         Args:
             factor: ``factor_shape``.
@@ -193,11 +201,11 @@ class Side:
             nothing where it went into ``into``.
         """
         if not self.dense:
-            return [1.0 / (factor / weight.unsqueeze(-1) + damping.unsqueeze(-1))]
+            return [to_power(factor / weight.unsqueeze(-1) + damping.unsqueeze(-1), -power)]
         found = []
         for part, n in zip(factor.split(list(map(_factor_size, self.sizes)), dim=-1), self.sizes):
-            if not (self.in_panels(n) and inverts_in_place(factor)):
-                found.append(damped_inverse(_unpacked(part, n).div_(weight.reshape(-1, 1, 1)), damping))
+            if power != 1.0 or not (self.in_panels(n) and inverts_in_place(factor)):
+                found.append(damped_root(_unpacked(part, n).div_(weight.reshape(-1, 1, 1)), damping, power))
                 continue
             at_once = into is not None and not self.blocked and self.groups == 1
             target = into if at_once else part.new_empty(self.groups, panel_size(n), dtype=dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_opt.linalg import to_power
 from kfac_opt.products import times_transposed
 
 
@@ -50,9 +51,9 @@ class SpectralForm:
             matrix = times_transposed(matrix, self.input_basis[0])
         return matrix if self.output_basis is None else times_transposed(self.output_basis[0], matrix.mT)
 
-    def solve(self, matrix: Tensor, damping: Tensor | float) -> Tensor:
-        r"""``(F + γ I)⁻¹ vec M`` as a matrix; ``damping`` γ is broadcast against ``[groups, out_dim, in_dim]``."""
-        return self.rotate_back(self.rotate(matrix) / (self.eigenvalues + damping))
+    def solve(self, matrix: Tensor, damping: Tensor | float, power: float = 1.0) -> Tensor:
+        r"""``(F + γ I)^(-power) vec M`` as a matrix; ``damping`` γ is broadcast against ``[groups, out_dim, in_dim]``."""
+        return self.rotate_back(divided(self.rotate(matrix), self.eigenvalues + damping, power))
 
     def diagonal(self) -> Tensor:
         """Diagonal of the block, ``[groups, out_dim, in_dim]``."""
@@ -67,6 +68,11 @@ class SpectralForm:
         units = eye.reshape(-1, 1, in_dim, out_dim).mT.expand(-1, groups, -1, -1)
         columns = self.rotate_back(self.rotate(units) * self.eigenvalues)
         return columns.mT.reshape(out_dim * in_dim, groups, -1).permute(1, 2, 0)
+
+
+def divided(matrix: Tensor, eigenvalues: Tensor, power: float) -> Tensor:
+    """``M / λ^power``, elementwise; ``eigenvalues`` are damped."""
+    return matrix / eigenvalues if power == 1.0 else matrix * to_power(eigenvalues, -power)
 
 
 def dense_of_groups(blocks: Tensor, out_dim: int) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from kfac_opt.curvature.block import Damping, State
 from kfac_opt.curvature.kronecker import KroneckerBlock, Refreshed
-from kfac_opt.linalg import FactorizationError, damped_inverse, eigenbasis
+from kfac_opt.linalg import FactorizationError, damped_root, eigenbasis
 
 Layer = tuple[KroneckerBlock, State, Damping]
+Problem = tuple[Tensor, Tensor | None, float]  # a factor, its damping (None for the eigenbasis) and the power
 STACKED_DEVICES = {"cuda"}
 
 
@@ -37,10 +38,10 @@ def refresh_stacked(layers: Sequence[Layer]) -> list[FactorizationError | None]:
         What each layer's refresh would have raised.
     """
     works = [block.refresh_work(state, damping) for block, state, damping in layers]
-    problems: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+    problems: dict[tuple[int, str], Problem] = {}
     for index, ((block, state, damping), work) in enumerate(zip(layers, works)):
         if work is not None:
-            problems |= {(index, key): value for key, value in block.problems(state, damping).items()}
+            problems |= {(index, key): (*value, damping.power) for key, value in block.problems(state, damping).items()}
     solved = _solve(problems)
     errors: list[FactorizationError | None] = [None] * len(layers)
     for index, ((block, state, damping), work) in enumerate(zip(layers, works)):
@@ -59,19 +60,21 @@ def refresh_stacked(layers: Sequence[Layer]) -> list[FactorizationError | None]:
     return errors
 
 
-def _solve(problems: dict[tuple[int, str], tuple[Tensor, Tensor | None]]) -> dict[tuple[int, str], Refreshed]:
+def _solve(problems: dict[tuple[int, str], Problem]) -> dict[tuple[int, str], Refreshed]:
     """Results of each problem under the names of the state they go to; none for those of a batch that failed."""
     batches: dict[tuple[object, ...], list[tuple[int, str]]] = {}
-    for name, (matrix, damping) in problems.items():
-        batches.setdefault((matrix.shape[-1], matrix.dtype, matrix.device, damping is None), []).append(name)
+    for name, (matrix, damping, power) in problems.items():
+        kind = None if damping is None else power
+        batches.setdefault((matrix.shape[-1], matrix.dtype, matrix.device, kind), []).append(name)
     solved: dict[tuple[int, str], Refreshed] = {}
     for names in batches.values():
         matrices = torch.cat([problems[name][0] for name in names])
-        dampings = [damping for _, damping in (problems[name] for name in names) if damping is not None]
+        dampings = [damping for _, damping, _ in (problems[name] for name in names) if damping is not None]
         counts = [problems[name][0].shape[0] for name in names]
         try:
             if dampings:
-                for (index, key), inverse in zip(names, damped_inverse(matrices, torch.cat(dampings)).split(counts)):
+                inverses = damped_root(matrices, torch.cat(dampings), problems[names[0]][2])
+                for (index, key), inverse in zip(names, inverses.split(counts)):
                     solved[index, key] = {key: [inverse]}
             else:
                 values, vectors = (part.split(counts) for part in eigenbasis(matrices))

@@ -230,7 +230,9 @@ class AttachedOptimizer(Optimizer):
 
     def _damping(self, tracked: TrackedBlock) -> Damping:
         """Damping in force for a block."""
-        return Damping(float(self.param_groups[tracked.group]["damping"]), self._options.damping_scale == "relative")
+        group = self.param_groups[tracked.group]
+        relative = self._options.damping_scale == "relative"
+        return Damping(float(group["damping"]), relative, power=float(group.get("power", 1.0)))
 
     def _check_values(self, group: Mapping[str, Any]) -> None:
         """Ranges of what stands in a group."""

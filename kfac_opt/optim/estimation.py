@@ -142,7 +142,11 @@ class Estimation:
         chosen = [
             name
             for name, entry in self.tracked.items()
-            if entry.block.refreshable and (self.refreshes(name, step, groups) or entry.block.needs_first_refresh(states[name]))
+            if entry.block.refreshable
+            and (
+                self.refreshes(name, step, groups)
+                or entry.block.needs_refresh(states[name], float(groups[entry.group].get("power", 1.0)))
+            )
         ]
         if self.background is not None and group is None:
             for name in self.background.arriving(step):
@@ -229,7 +233,7 @@ class Estimation:
         for name, owner in zip(chosen, owners):
             block, state = self.tracked[name].block, states[name]
             tensors = block.refreshed_tensors(state)
-            for key in ("refreshes", "failures", "skipped", "refreshed_estimates"):
+            for key in ("refreshes", "failures", "skipped", "refreshed_estimates", "refreshed_power"):
                 if key in state:
                     carrier = state[key].to(tensors[0].device)  # NCCL moves no CPU tensors
                     counters.append((state[key], carrier))

@@ -37,13 +37,16 @@ class KFAC(CurvatureOptimizer):
         model: the module that the training loop calls. Its ``forward`` is one pass; wrappers
             (DistributedDataParallel, torch.compile) may be around it or not.
         params: None for all trainable parameters, else parameters or groups as in torch.optim. ``lr``,
-            ``momentum``, ``damping``, ``weight_decay``, ``factor_decay``, the intervals, ``kl_clip``,
+            ``momentum``, ``damping``, ``power``, ``weight_decay``, ``factor_decay``, the intervals, ``kl_clip``,
             ``max_relative_update`` and ``curvature`` can differ per group; a layer's weight and bias share one.
         lr: step size, ``>= 0``. 0.1 was the best single setting over several tasks (``benchmarks/robustness.py``).
         momentum: in [0, 1); 0.8 is as safe as 0.9 and faster early (same measurement).
         damping: γ or, with ``damping_scale="relative"``, its ratio to the layer's curvature; ``> 0``.
         weight_decay: ``>= 0``; decoupled from the gradient (AdamW's rule, ``lr · weight_decay`` per step) unless
             ``decoupled_weight_decay=False`` adds it to the gradient before preconditioning.
+        power: of the curvature, in (0, 1]: directions are ``(F + γ)^(-power) V``. 1 is the natural gradient; 1/2 whitens
+            the gradient instead, so that steep and flat directions move by amounts of like size. With ``"factored"``
+            damping each factor is taken to the power. The roots follow a changed power at the next step.
         likelihood: the model's output distribution, to which the Fisher matrix belongs.
         fisher: ``"mc"`` samples ``label_samples`` labels per term (unbiased, the cheapest true Fisher);
             ``"exact"`` sums over all labels through a root of the output Hessian, ``classes − 1`` backward passes to the
@@ -131,6 +134,7 @@ class KFAC(CurvatureOptimizer):
         damping: float = 0.03,
         weight_decay: float = 0.0,
         *,
+        power: float = 1.0,
         likelihood: LikelihoodName | Likelihood = "categorical",
         fisher: Literal["mc", "exact", "empirical"] = "mc",
         label_samples: int = 1,
@@ -165,6 +169,7 @@ class KFAC(CurvatureOptimizer):
             "momentum": momentum,
             "damping": damping,
             "weight_decay": weight_decay,
+            "power": power,
             "nesterov": nesterov,
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,

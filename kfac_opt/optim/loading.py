@@ -124,6 +124,7 @@ HOST_KEYS = (
     "skipped",
     "estimates",
     "refreshed_estimates",
+    "refreshed_power",
 )
 
 

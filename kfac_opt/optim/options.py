@@ -79,6 +79,8 @@ def check_group(owner: str, group: Mapping[str, Any], *, zero_damping: bool) -> 
     check_number(owner, "factor_decay", group["factor_decay"], low=0.0, high=1.0, open_high=True)
     check_count(owner, "factor_interval", group["factor_interval"])
     check_count(owner, "inverse_interval", group["inverse_interval"])
+    if "power" in group:
+        check_number(owner, "power", group["power"], low=0.0, high=1.0, open_low=True)
     for name in ("kl_clip", "max_relative_update"):
         if group[name] is not None:
             check_number(owner, name, group[name], low=0.0, open_low=True)

@@ -81,7 +81,7 @@ class CurvatureView:
 
     @torch.no_grad()
     def precondition(self, matrix: Tensor) -> Tensor:
-        """The damped inverse block applied to a gradient matrix ``[out_dim, in_dim]``.
+        """The damped block to the power ``-power`` in force, applied to a gradient matrix ``[out_dim, in_dim]``.
 
         Raises:
             ValueError: for another shape.

@@ -12,6 +12,7 @@ from kfac_opt import KFAC, likelihoods
 FIXED = {
     "params": None,
     "weight_decay": 0.0,
+    "power": 1.0,
     "likelihood": "categorical",
     "fisher": "mc",
     "label_samples": 1,
@@ -46,6 +47,7 @@ GROUPED = {
     "lr",
     "momentum",
     "damping",
+    "power",
     "weight_decay",
     "factor_decay",
     "factor_interval",

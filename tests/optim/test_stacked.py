@@ -30,6 +30,7 @@ KINDS = [
     {},
     {"curvature": "eigenbasis"},
     {"damping_style": "exact"},
+    {"power": 0.5},
     {"max_factor_dim": 12},
     {"max_block_dim": 5},
     {"refresh_tolerance": 0.3},
@@ -54,8 +55,8 @@ def test_stacked_refreshes_change_nothing(options, monkeypatch):
 def test_matrices_of_one_size_go_into_one_call(monkeypatch):
     monkeypatch.setattr(stacked, "STACKED_DEVICES", {"cpu"})
     calls = []
-    inverse = stacked.damped_inverse
-    monkeypatch.setattr(stacked, "damped_inverse", lambda x, damping: (calls.append(tuple(x.shape)), inverse(x, damping))[1])
+    inverse = stacked.damped_root
+    monkeypatch.setattr(stacked, "damped_root", lambda x, *rest: (calls.append(tuple(x.shape)), inverse(x, *rest))[1])
     train(steps=1)
     # inputs 5 (two groups), 17, 9, 9, 9; outputs 2 (two groups), 8, 8, 8, 3
     assert sorted(calls) == [(1, 3, 3), (1, 17, 17), (2, 2, 2), (2, 5, 5), (3, 8, 8), (3, 9, 9)]
@@ -68,7 +69,7 @@ def test_a_batch_that_fails_is_done_again_layer_by_layer(monkeypatch):
     def fail(*_):
         raise FactorizationError("the batch failed")
 
-    monkeypatch.setattr(stacked, "damped_inverse", fail)
+    monkeypatch.setattr(stacked, "damped_root", fail)
     _, found = train()
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 

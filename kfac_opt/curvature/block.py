@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kfac_opt.curvature.edges import ViewOfBase
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.spectral import SpectralForm, dense_of_groups
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing
@@ -18,11 +19,16 @@ State = dict[str, Tensor]
 
 @dataclass
 class Call:
-    """One call of a layer: its input, which of its ``[batch, shared]`` rows count, and their shape."""
+    """One call of a layer: its input, which of its ``[batch, shared]`` rows count, their shape, and where its output lies."""
 
     x: Tensor
     positions: tuple[int, int]
     keep: Tensor | None = None
+    view: ViewOfBase | None = None
+
+    def output_gradient(self, arrived: Tensor) -> Tensor:
+        """The gradient of the output from what came at its edge (:func:`kfac_opt.curvature.edges.output_edge`)."""
+        return arrived if self.view is None else self.view.take(arrived)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any, Literal, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from kfac_opt.curvature.backward import gradients_at, read_gradients
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
+from kfac_opt.curvature.edges import output_edge
 from kfac_opt.curvature.hooks import WeakHook, is_transformed
 from kfac_opt.curvature.passes import Pass, Pending
 from kfac_opt.curvature.precision import full_precision
@@ -159,10 +160,9 @@ class Collector:
         if (groups, out_dim) != block.layout.shape[:2]:
             return  # a subclass that returns something else than its linear map: as if it had not run
         self.fired.add(name)
-        call = Call(x.detach(), (batch, shared), self._rows_kept(self.mask, (batch, shared)))
+        edge, view = output_edge(out, x)
+        call = Call(x.detach(), (batch, shared), self._rows_kept(self.mask, (batch, shared)), view)
         current.calls.setdefault(name, []).append(call)
-        # An edge, not the tensor: after ReLU(inplace=True) the tensor gives the gradient behind the ReLU.
-        edge = get_gradient_edge(out)
         current.edges.setdefault(name, []).append(edge)
         current.output_bytes += out.numel() * out.element_size()
         self._on_call(current, name, edge)
@@ -307,7 +307,8 @@ class Collector:
             ) from error
 
     def _add_output(self, current: Pass, name: str, gradients: list[Tensor | None]) -> None:
-        pairs = [(call, g.detach()) for call, g in zip(current.calls[name], gradients) if g is not None]
+        arrivals = zip(current.calls[name], gradients)
+        pairs = [(call, call.output_gradient(g.detach())) for call, g in arrivals if g is not None]
         if pairs:
             calls, arrived = [call for call, _ in pairs], [g for _, g in pairs]
             self._due[name].block.add_output(current.statistics[name], calls, arrived, self._states.get(name))

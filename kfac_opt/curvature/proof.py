@@ -34,7 +34,7 @@ def verdicts(
     for (name, adapter), weight_gradient in zip(adapters.items(), weight_gradients):
         arrived = found[position : position + len(calls[name])]
         position += len(calls[name])
-        ran = [(call.x, g) for call, g in zip(calls[name], arrived) if g is not None]
+        ran = [(call.x, call.output_gradient(g)) for call, g in zip(calls[name], arrived) if g is not None]
         if ran and weight_gradient is not None and adapter is not None:
             verdict = explains_weight_gradient(adapter, ran, weight_gradient)
             if verdict is not None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from kfac_opt.curvature.edges import ViewOfBase, output_edge
 from kfac_opt.fisher.data import Batch
 from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock, Parameters, pull_back
 from kfac_opt.fisher.stores import FactorStore, RowStore, Store
@@ -37,6 +38,7 @@ class _Call:
 
     inputs: Tensor
     edge: GradientEdge
+    view: ViewOfBase | None
     is_rows: bool
 
     def rows(self, adapter: LayerAdapter) -> Tensor:
@@ -93,8 +95,9 @@ class RowCapture:
             gradients = torch.autograd.grad(logits, edges, root, retain_graph=True, allow_unused=True) if edges else ()
             for name in arrived:
                 arrived[name].append([])
-            for (name, _), gradient in zip(owners, gradients):
-                arrived[name][-1].append(gradient)
+            for (name, call), gradient in zip(owners, gradients):
+                view = call.view if gradient is not None else None
+                arrived[name][-1].append(gradient if view is None else view.take(gradient))
         with torch.no_grad():
             for block in blocks:
                 yield self._store(block, calls[block.name], arrived.pop(block.name), batch.size)
@@ -140,8 +143,7 @@ def _recorded(model: FrozenModel, blocks: list[ParameterBlock]) -> Iterator[dict
             if isinstance(x, Tensor) and isinstance(out, Tensor) and out.requires_grad:
                 norm = adapter.structure == "norm"
                 inputs = adapter.input_rows(x.detach()) if norm else x.detach()
-                # An edge, not the tensor: an in-place activation would rewrite the tensor behind our back.
-                calls[block.name].append(_Call(inputs, get_gradient_edge(out), norm))
+                calls[block.name].append(_Call(inputs, *output_edge(out, x), norm))
 
         return hook
 

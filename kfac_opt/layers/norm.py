@@ -80,7 +80,24 @@ class GroupNormAdapter(NormAdapter):
 
 @register_layer(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class InstanceNormAdapter(NormAdapter):
+    """Takes one example without a batch dimension as well, as the layer does."""
+
     module: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+
+    def batched(self, x: Tensor) -> Tensor:
+        """``[batch, channels, ...]``."""
+        single = {nn.InstanceNorm1d: 2, nn.InstanceNorm2d: 3, nn.InstanceNorm3d: 4}
+        dims = next(dims for kind, dims in single.items() if isinstance(self.module, kind))
+        return x.unsqueeze(0) if x.dim() == dims else x
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        return super().input_rows(self.batched(x))
+
+    def output_rows(self, gradient: Tensor) -> Tensor:
+        return super().output_rows(self.batched(gradient))
+
+    def example_sums(self, x: Tensor, gradient: Tensor, keep: Tensor | None) -> Tensor:
+        return super().example_sums(self.batched(x), self.batched(gradient), keep)
 
     def normalized(self, x: Tensor) -> Tensor:
         module = self.module

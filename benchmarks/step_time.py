@@ -5,7 +5,7 @@
 All contestants of a workload take turns, one step each; a K-FAC step is averaged over whole periods of its longest
 interval, so that the rare expensive steps count with their share. The early ramp is left out (``ramp_steps: 0`` in the
 config): the figures are those of the long run. On a CPU with one thread a step's time is the processor time of the thread
-that takes it, plus what it waits for a refresh in the background: other processes on the machine do not count.
+that takes it: other processes on the machine do not count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from benchmarks.common.steps import Step, StepConfig, make_step, run_steps
 from benchmarks.common.tables import text_table
 from benchmarks.common.timing import Timed, cycle_ratio, interleave, percentile
 from benchmarks.common.workloads import Workload, WorkloadConfig
-from kfac_opt.optim.background import seconds_waited
 
 MEMORY_STEPS = 3
 HEADER = ("step", "median ms", "mean / SGD", "median / SGD", "p99 / p50", "max / p50", "state MB", "peak MB above SGD")
@@ -144,16 +143,11 @@ def measure(config: StepTimeConfig, name: str) -> list[StepTime]:
     timed = {label: Timed(steps[label].run, config.contestants[label].stride) for label in steps}
     with progress(rounds, name) as display:
         alone = config.threads == 1 and config.device == "cpu"
-        clock = _own_time if alone else time.perf_counter
+        clock = time.thread_time if alone else time.perf_counter
         seconds = interleave(timed, rounds, device=config.device, on_round=display.advance, clock=clock)
     peaks = _peaks(config, workload_config) if config.measure_memory else {}
     num_bytes = sum(p.numel() * p.element_size() for p in workload.build_model().parameters())
     return [_evaluate(config, label, step, seconds, peaks, num_bytes) for label, step in steps.items()]
-
-
-def _own_time() -> float:
-    """Processor time of this thread and what it waited for the worker of ``refresh="async"``."""
-    return time.thread_time() + seconds_waited()
 
 
 def ratio_lines(config: StepTimeConfig, found: list[StepTime]) -> list[str]:

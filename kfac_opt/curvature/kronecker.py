@@ -95,11 +95,8 @@ class KroneckerBlock(FactorBlock):
         if work is not None:
             self.finish_refresh(state, work, int(state["estimates"]), damping)
 
-    def refresh_work(self, state: State, damping: Damping, *, detached: bool = False) -> Work | None:
-        """What computes the new inverses or bases; None where there is nothing to do.
-
-        ``detached``: from copies of the factors as they are now, so that it can run while they go on.
-        """
+    def refresh_work(self, state: State, damping: Damping) -> Work | None:
+        """What computes the new inverses or bases; None where there is nothing to do."""
         if not super().ready(state):
             return None
         moved = not torch.equal(state["refreshed_estimates"], state["estimates"])
@@ -110,8 +107,6 @@ class KroneckerBlock(FactorBlock):
         if now and not self.needs_refresh(state, damping.power) and self._hardly_moved(state, now):
             state["skipped"] += 1
             return None
-        names = [*(f"{side}_factor" for side in SIDES), "weight"]
-        given = {name: state[name].clone() if detached else state[name] for name in names}
 
         def work(solved: Refreshed | None = None) -> Refreshed:
             new = {name: [value] for name, value in now.items()}
@@ -120,10 +115,8 @@ class KroneckerBlock(FactorBlock):
             if solved is not None:
                 return {**new, **solved}
             if self.keeps_basis and moved:
-                new |= self._bases(given)
-            if self.in_basis:
-                return new
-            return {**new, **self._inverses(given, gamma, damping.power, None if detached else state)}
+                new |= self._bases(state)
+            return new if self.in_basis else {**new, **self._inverses(state, gamma, damping.power)}
 
         return work
 
@@ -179,14 +172,14 @@ class KroneckerBlock(FactorBlock):
         pi = pi_correction(means["input"], means["output"])
         return {"input": pi * gamma.sqrt(), "output": gamma.sqrt() / pi}
 
-    def _inverses(self, given: State, gamma: Tensor, power: float, into: State | None) -> Refreshed:
-        """Inverse roots of both sides; the larger one comes last and may go straight into the state ``into``."""
-        weights, splits = self._weights_and_splits(given, gamma)
+    def _inverses(self, state: State, gamma: Tensor, power: float) -> Refreshed:
+        """Inverse roots of both sides; the larger one comes last and may go straight into the state."""
+        weights, splits = self._weights_and_splits(state, gamma)
         inverses: Refreshed = {}
         for name in sorted(SIDES, key=lambda name: self.sides[name].cost()):
             key, side = f"{name}_inverse", self.sides[name]
-            target = None if into is None or name != max(SIDES, key=lambda n: self.sides[n].cost()) else into[key]
-            factor, split = given[f"{name}_factor"], splits[name]
+            target = state[key] if name == max(SIDES, key=lambda n: self.sides[n].cost()) else None
+            factor, split = state[f"{name}_factor"], splits[name]
             inverses[key] = side.inverses(factor, weights, split, self.inverse_dtype, target, power=power)
         return inverses
 

@@ -126,14 +126,11 @@ class AttachedOptimizer(Optimizer):
         )
         assert self._model is not None
         self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)
-        if hasattr(self, "_estimation"):
-            self._drain()
         self._estimation = Estimation(
             self._tracked,
             options.refresh != "together",
             options.ramp_steps,
             options.process_group,
-            background=options.refresh == "async",
         )
         self._built_for = [group["curvature"] for group in self.param_groups]
         self._gone = uncovered(self.param_groups, self._tracked)  # parameters that left the model are not looked for again
@@ -316,10 +313,6 @@ class AttachedOptimizer(Optimizer):
             stays = stays and not self._estimation.refreshes(name, step, self.param_groups)
             states[name] = state if stays else None
         self._collector.attach(due, states)
-
-    def _drain(self) -> None:
-        """Puts refreshes in force that run beside the loop."""
-        self._estimation.drain(self._known_states(), self._damping)
 
     def _retrack_flat(self, names: list[str]) -> None:
         """Layers that are used through their weights only get diagonal blocks."""

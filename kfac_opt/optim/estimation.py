@@ -16,29 +16,22 @@ from kfac_opt.curvature.passes import Pending
 from kfac_opt.curvature.stacked import refresh_stacked, stacks
 from kfac_opt.distributed import active_group, assign_owners, rank, send_from_owners_, sum_over_ranks_
 from kfac_opt.linalg import FactorizationError
-from kfac_opt.optim.background import Background
-from kfac_opt.optim.schedule import factors_due, refresh_due, refresh_phases, refresh_round
+from kfac_opt.optim.schedule import factors_due, refresh_due, refresh_phases
 from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.products import keep_freed_memory
 from kfac_opt.workspace import shared_workspace
-
-HAND_OVER = 0.1  # of a refresh round: when a refresh in the background comes into force
 
 Groups = list[dict[str, Any]]
 
 
 class Estimation:
-    """The schedule of a set of blocks and what happens to their state at each step. Holds no state of its own
-    but refreshes that are under way, which :meth:`drain` ends.
+    """The schedule of a set of blocks and what happens to their state at each step. Holds no state of its own.
 
     Args:
         tracked: blocks by name.
         staggered: spread the refreshes of a round over its steps.
         ramp_steps: early steps that all take an estimate; 0 switches the ramp of the inverses off as well.
         process_group: over which statistics are summed.
-        background: refreshes of layers that have an inverse already run beside the loop and come into force
-            ``HAND_OVER`` of their round later (not over several processes, and not those of EKFAC, whose scales have
-            to turn with the basis).
     """
 
     def __init__(
@@ -47,10 +40,7 @@ class Estimation:
         staggered: bool,
         ramp_steps: int,
         process_group: dist.ProcessGroup | None,
-        *,
-        background: bool = False,
     ) -> None:
-        self.background = Background() if background else None
         self.tracked, self.ramp_steps, self.process_group = tracked, ramp_steps, process_group
         if any(entry.weight.device.type == "cpu" for entry in tracked.values()):
             keep_freed_memory()
@@ -148,10 +138,6 @@ class Estimation:
                 or entry.block.needs_refresh(states[name], float(groups[entry.group].get("power", 1.0)))
             )
         ]
-        if self.background is not None and group is None:
-            for name in self.background.arriving(step):
-                self._hand_over(self.background, name, states, damping)
-            chosen = [name for name in chosen if not self._start(self.background, name, states, step, groups, damping)]
         ranks = 1 if group is None else dist.get_world_size(group)
         owners = assign_owners([self.tracked[name].block.refresh_cost() for name in chosen], ranks)
         me = rank(group)
@@ -174,57 +160,6 @@ class Estimation:
             self._share(states, chosen, owners, group)
         if error is not None:
             raise error
-
-    def _start(
-        self,
-        background: Background,
-        name: str,
-        states: dict[str, State],
-        step: int,
-        groups: Groups,
-        damping: Callable[[TrackedBlock], Damping],
-    ) -> bool:
-        """Begins the refresh of a layer in the background, if that is where it belongs."""
-        entry, state = self.tracked[name], states[name]
-        block = entry.block
-        _, length = refresh_round(step, int(groups[entry.group]["inverse_interval"]), self.ramp_steps)
-        lag = int(HAND_OVER * length)
-        if lag < 1 or not isinstance(block, KroneckerBlock) or isinstance(block, EigenbasisBlock):
-            return False
-        if not block.ready(state):
-            return False
-        if name in background.jobs:  # the interval was made shorter than the lag
-            self._hand_over(background, name, states, damping)
-        work = block.refresh_work(state, damping(entry), detached=True)
-        if work is not None:
-            background.start(name, work, step + lag, int(state["estimates"]), entry.weight.device)
-        return True
-
-    def _hand_over(
-        self,
-        background: Background,
-        name: str,
-        states: dict[str, State],
-        damping: Callable[[TrackedBlock], Damping],
-    ) -> None:
-        job, entry = background.jobs.pop(name), self.tracked[name]
-        assert isinstance(entry.block, KroneckerBlock)
-        try:
-            entry.block.finish_refresh(states[name], job.result, job.estimates, damping(entry))
-        except FactorizationError as reason:
-            raise _named(name, reason) from reason
-
-    @torch.no_grad()
-    def drain(self, states: dict[str, State], damping: Callable[[TrackedBlock], Damping]) -> None:
-        """Waits for the refreshes under way and puts them in force: a saved state then says all there is."""
-        for name in list(self.background.jobs) if self.background is not None else []:
-            assert self.background is not None
-            self._hand_over(self.background, name, states, damping)
-
-    def forget(self) -> None:
-        """Drops refreshes under way: the state they belong to is replaced."""
-        if self.background is not None:
-            self.background.jobs.clear()
 
     def _share(self, states: dict[str, State], chosen: list[str], owners: list[int], group: dist.ProcessGroup) -> None:
         """Everybody gets what the owners computed, with the counts that say whether it is usable."""

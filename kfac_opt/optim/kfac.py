@@ -74,12 +74,8 @@ class KFAC(CurvatureOptimizer):
         factor_decay: in [0, 1), weight of the old average; the average is corrected for its start at zero.
         factor_interval: steps between estimates.
         inverse_interval: steps between refreshes of a layer's inverses or eigenbases.
-        refresh: ``"staggered"`` spreads the refreshes over a round of 16 steps or more (no step
-            stalls), ``"together"`` does all at
-            its start, ``"async"`` is staggered and works in a thread (CUDA: a stream) beside the loop: a result
-            comes into force a tenth of the interval later, at a fixed step, so that timing changes no number;
-            ``state_dict()`` waits for what is under way and puts it in force. Rounds under ten steps, EKFAC and
-            several processes are staggered as before.
+        refresh: ``"staggered"`` spreads the refreshes over a round of 16 steps or more (no step stalls), ``"together"`` does
+            all at its start.
         refresh_tolerance: a layer whose factors and damping have changed by at most this, relative, since its last refresh
             skips its turn (``skipped_refreshes`` counts). The change is the Frobenius norm's, estimated by the product of
             each factor with one vector, ``n`` numbers kept and ``n²`` operations instead of ``n³``; it hardly sees
@@ -146,7 +142,7 @@ class KFAC(CurvatureOptimizer):
         factor_decay: float = 0.95,
         factor_interval: int = 10,
         inverse_interval: int = 100,
-        refresh: Literal["staggered", "together", "async"] = "staggered",
+        refresh: Literal["staggered", "together"] = "staggered",
         refresh_tolerance: float = 0.0,
         weight_sharing: Literal["expand", "reduce"] = "expand",
         kl_clip: float | None = 1e-4,

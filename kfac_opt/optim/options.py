@@ -19,13 +19,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "damping_scale": ("relative", "absolute"),
     "weight_sharing": ("expand", "reduce"),
     "loss_reduction": ("mean", "sum"),
-    "refresh": ("staggered", "together", "async"),
+    "refresh": ("staggered", "together"),
 }
+REMEDIES = {"refresh": "\"staggered\" spreads the refreshes over the steps of a round, so that no step stalls."}
 
 
-def check_choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
+def check_choice(owner: str, name: str, value: object, allowed: Sequence[str], remedy: str = "") -> None:
     if value not in allowed:
-        raise ValueError(f"{owner}: {name} must be one of {list(allowed)}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be one of {list(allowed)}, got {value!r}{'. ' * bool(remedy)}{remedy}")
 
 
 def check_number(owner: str, name: str, value: object, *, low: float, high: float = math.inf, **bounds: bool) -> None:

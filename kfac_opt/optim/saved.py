@@ -30,12 +30,6 @@ class SavedOptimizer(AttachedOptimizer):
             if "curvature" not in state:
                 state["curvature"] = tracked.block.init_state(tracked.weight.device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; with ``refresh="async"`` refreshes under way are waited for and come into force first."""
-        if self._model is not None:
-            self._drain()
-        return super().state_dict()
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict``: tensors are copied and keep their dtypes; pending passes are dropped.
 
@@ -59,8 +53,6 @@ class SavedOptimizer(AttachedOptimizer):
             after.remove()
 
     def _install(self, saved: dict[str, Any]) -> None:
-        if self._model is not None:
-            self._estimation.forget()
         install_saved(self, saved)
         seeds = [state["seed"] for state in self.state.values() if "seed" in state]
         if seeds:
@@ -82,8 +74,6 @@ class SavedOptimizer(AttachedOptimizer):
     # -- copying ------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._model is not None:
-            self._drain()
         state = super().__getstate__()
         state["_base_seed"] = self._base_seed
         return state

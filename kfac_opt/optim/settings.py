@@ -24,7 +24,7 @@ class CurvatureOptions:
     damping_style: Literal["factored", "exact", "split"] = "factored"
     damping_scale: Literal["relative", "absolute"] = "relative"
     ramp_steps: int = 10
-    refresh: Literal["staggered", "together", "async"] = "staggered"
+    refresh: Literal["staggered", "together"] = "staggered"
     refresh_tolerance: float = 0.0
     weight_sharing: Literal["expand", "reduce"] = "expand"
     max_factor_dim: int = 8192
@@ -39,7 +39,7 @@ class CurvatureOptions:
 
     def check(self, owner: str) -> None:
         for name, allowed in checks.CHOICES.items():
-            checks.check_choice(owner, name, getattr(self, name), allowed)
+            checks.check_choice(owner, name, getattr(self, name), allowed, checks.REMEDIES.get(name, ""))
         checks.check_count(owner, "label_samples", self.label_samples)
         checks.check_count(owner, "ramp_steps", self.ramp_steps, low=0)
         checks.check_number(owner, "refresh_tolerance", self.refresh_tolerance, low=0.0)

@@ -99,6 +99,12 @@ def test_values_that_are_written_into_a_group_later_are_checked_before_anything_
     getattr(optimizer, call)()
 
 
+@pytest.mark.parametrize("word", ["async", "never"])
+def test_an_unknown_way_to_refresh_is_answered_with_the_one_that_stalls_no_step(word):
+    with pytest.raises(ValueError, match=rf"KFAC: refresh must be one of .*, got '{word}'. \"staggered\" spreads the refreshes"):
+        KFAC(mlp(), refresh=word)
+
+
 @pytest.mark.parametrize("call", ["step", "precondition_gradients_"])
 def test_a_curvature_written_into_a_group_later_is_refused(call):
     model = mlp()

@@ -69,7 +69,7 @@ def test_movement_of_a_factor_that_grows_by_a_tenth_is_a_tenth():
     assert float(movement(zero, now)) == float("inf")
 
 
-@pytest.mark.parametrize("options", [{}, {"curvature": "eigenbasis"}, {"damping_style": "exact"}, {"refresh": "async"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"curvature": "eigenbasis"}, {"damping_style": "exact"}], ids=str)
 def test_a_tolerance_nobody_stays_under_changes_nothing(options):
     exact, never = make(0.0, **options), make(1e-12, **options)
     assert all(torch.equal(a, b) for a, b in zip(train(*exact, 9), train(*never, 9)))

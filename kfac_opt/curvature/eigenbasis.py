@@ -35,7 +35,6 @@ class EigenbasisBlock(KroneckerBlock):
         max_factor_dim: int,
         max_block_dim: int | None = None,
         split: bool = False,
-        refresh_tolerance: float = 0.0,
     ) -> None:
         super().__init__(
             adapter,
@@ -44,7 +43,6 @@ class EigenbasisBlock(KroneckerBlock):
             style="split" if split else "exact",
             max_factor_dim=max_factor_dim,
             max_block_dim=max_block_dim,
-            refresh_tolerance=refresh_tolerance,
         )
 
     def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:

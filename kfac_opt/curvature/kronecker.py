@@ -11,7 +11,6 @@ from torch import Tensor
 from kfac_opt.curvature.block import Damping, State
 from kfac_opt.curvature.factors import SIDES, FactorBlock
 from kfac_opt.curvature.gradient_rows import outer, rows_that_pay
-from kfac_opt.curvature.movement import movement, sketches
 from kfac_opt.curvature.spectral import SpectralForm, divided
 from kfac_opt.layers import LayerAdapter, WeightSharing
 from kfac_opt.linalg import FactorizationError, pi_correction, split_damped
@@ -30,9 +29,7 @@ class KroneckerBlock(FactorBlock):
     keeps eigenbases beside the inverses of the factored style (posterior samples need them, and two products with
     inverses cost half of four with bases).
 
-    ``inverse_dtype`` is that of the stored inverses and of the products with
-    them (``dtype`` if None). A refresh is skipped where the factors have moved by at most ``refresh_tolerance``
-    (``movement``).
+    ``inverse_dtype`` is that of the stored inverses and of the products with them (``dtype`` if None).
     """
 
     refreshable = True
@@ -48,12 +45,10 @@ class KroneckerBlock(FactorBlock):
         max_block_dim: int | None = None,
         basis: bool = False,
         inverse_dtype: torch.dtype | None = None,
-        refresh_tolerance: float = 0.0,
     ) -> None:
         super().__init__(adapter, dtype, sharing, max_factor_dim=max_factor_dim, max_block_dim=max_block_dim)
         self.style = style
         self.inverse_dtype = dtype if inverse_dtype is None else inverse_dtype
-        self.refresh_tolerance = refresh_tolerance
         self.in_basis = style != "factored"  # where the gradient is preconditioned
         self.keeps_basis = basis or self.in_basis
 
@@ -64,12 +59,7 @@ class KroneckerBlock(FactorBlock):
         state["refreshes"] = torch.zeros((), dtype=torch.int64)
         state["failures"] = torch.zeros((), dtype=torch.int64)
         state["refreshed_estimates"] = torch.zeros((), dtype=torch.int64)
-        if self.refresh_tolerance > 0.0:
-            state["skipped"] = torch.zeros((), dtype=torch.int64)
-            state["sketch_damping"] = torch.zeros((), dtype=self.dtype, device=device)
         for name, side in self.sides.items():
-            if self.refresh_tolerance > 0.0:
-                state[f"{name}_sketch"] = torch.zeros(self.groups, side.dim, dtype=self.dtype, device=device)
             state[f"{name}_factor"] = torch.zeros(side.factor_shape, dtype=self.dtype, device=device)
             if not self.in_basis:
                 state["refreshed_power"] = torch.zeros((), dtype=torch.float64)
@@ -103,15 +93,9 @@ class KroneckerBlock(FactorBlock):
         if self.in_basis and not moved:
             return None  # bases do not depend on the damping
         gamma = damping.of(state)
-        now = sketches(state, self.sides, gamma) if self.refresh_tolerance > 0.0 else {}
-        if now and not self.needs_refresh(state, damping.power) and self._hardly_moved(state, now):
-            state["skipped"] += 1
-            return None
 
         def work(solved: Refreshed | None = None) -> Refreshed:
-            new = {name: [value] for name, value in now.items()}
-            if not self.in_basis:
-                new["refreshed_power"] = [torch.tensor(damping.power, dtype=torch.float64)]
+            new = {} if self.in_basis else {"refreshed_power": [torch.tensor(damping.power, dtype=torch.float64)]}
             if solved is not None:
                 return {**new, **solved}
             if self.keeps_basis and moved:
@@ -131,14 +115,6 @@ class KroneckerBlock(FactorBlock):
                 matrix = side.unpacked(state[f"{name}_factor"])[0].div_(weights.reshape(-1, 1, 1))
                 found[f"{name}_inverse"] = matrix, splits[name]
         return found
-
-    def _hardly_moved(self, state: State, now: dict[str, Tensor]) -> bool:
-        """Whether what the last refresh made is as good as new."""
-        if not self.ready(state) or int(state["failures"]):
-            return False
-        if self.in_basis:  # bases do not depend on the damping
-            now = {name: value for name, value in now.items() if name != "sketch_damping"}
-        return bool(movement(state, now) <= self.refresh_tolerance)
 
     def finish_refresh(self, state: State, work: Work, estimates: int, damping: Damping) -> None:
         """Puts the result of ``work`` in force; ``estimates`` is their number in the factors that it used."""
@@ -205,8 +181,7 @@ class KroneckerBlock(FactorBlock):
         return new
 
     def refreshed_tensors(self, state: State) -> list[Tensor]:
-        kinds = ("inverse", "values", "basis", "sketch")
-        names = [*(f"{side}_{kind}" for side in SIDES for kind in kinds), "sketch_damping"]
+        names = [f"{side}_{kind}" for side in SIDES for kind in ("inverse", "values", "basis")]
         return [state[name] for name in names if name in state]
 
     def refresh_cost(self) -> float:

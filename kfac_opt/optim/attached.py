@@ -122,7 +122,6 @@ class AttachedOptimizer(Optimizer):
             self.needs_basis,
             options.inverse_dtype,
             options.max_block_dim,
-            options.refresh_tolerance,
         )
         assert self._model is not None
         self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)
@@ -208,11 +207,6 @@ class AttachedOptimizer(Optimizer):
         """Passes dropped because their outputs or sums were not finite."""
         self._require_model()
         return self._collector.count_dropped()
-
-    @property
-    def skipped_refreshes(self) -> int:
-        """Refreshes skipped because the factors had hardly moved (``refresh_tolerance``), layers counted one by one."""
-        return sum(int(state["skipped"]) for state in self._known_states().values() if "skipped" in state)
 
     def _step_count(self) -> int:
         """Steps taken, as the state says."""

@@ -168,7 +168,7 @@ class Estimation:
         for name, owner in zip(chosen, owners):
             block, state = self.tracked[name].block, states[name]
             tensors = block.refreshed_tensors(state)
-            for key in ("refreshes", "failures", "skipped", "refreshed_estimates", "refreshed_power"):
+            for key in ("refreshes", "failures", "refreshed_estimates", "refreshed_power"):
                 if key in state:
                     carrier = state[key].to(tensors[0].device)  # NCCL moves no CPU tensors
                     counters.append((state[key], carrier))

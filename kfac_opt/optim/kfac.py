@@ -76,12 +76,6 @@ class KFAC(CurvatureOptimizer):
         inverse_interval: steps between refreshes of a layer's inverses or eigenbases.
         refresh: ``"staggered"`` spreads the refreshes over a round of 16 steps or more (no step stalls), ``"together"`` does
             all at its start.
-        refresh_tolerance: a layer whose factors and damping have changed by at most this, relative, since its last refresh
-            skips its turn (``skipped_refreshes`` counts). The change is the Frobenius norm's, estimated by the product of
-            each factor with one vector, ``n`` numbers kept and ``n²`` operations instead of ``n³``; it hardly sees
-            directions of little curvature. 0, the default, never skips and estimates nothing; on digits (64-128-128-10,
-            inverses every 10 steps) 0.2 skips 56 % of the turns and 1 skips 88 %, at 1.05 and 1.4 times the final training
-            loss (``benchmarks/refresh_tolerance.py``).
         weight_sharing: ``"expand"`` treats positions as examples, ``"reduce"`` joins them first (Eschenhagen et al.
             2023). Layers hold their examples along the first dimension (``batch_first=True`` in torch's modules):
             ``"reduce"``, EKFAC's scales and norm layers sum per example; the factors of ``"expand"`` do not mind.
@@ -143,7 +137,6 @@ class KFAC(CurvatureOptimizer):
         factor_interval: int = 10,
         inverse_interval: int = 100,
         refresh: Literal["staggered", "together"] = "staggered",
-        refresh_tolerance: float = 0.0,
         weight_sharing: Literal["expand", "reduce"] = "expand",
         kl_clip: float | None = 1e-4,
         max_relative_update: float | None = 0.05,
@@ -184,7 +177,6 @@ class KFAC(CurvatureOptimizer):
             damping_scale=damping_scale,
             ramp_steps=ramp_steps,
             refresh=refresh,
-            refresh_tolerance=refresh_tolerance,
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,
             max_block_dim=max_block_dim,

@@ -100,8 +100,7 @@ def check_saved(
                     f"load_state_dict: the saved curvature of '{entry.name}' does not fit: {wrong[0]!r} is "
                     f"{list(state[wrong[0]].shape) if wrong[0] in state else 'missing'}, expected "
                     f"{list(expected[wrong[0]].shape)}. Build {owner} with the options that the state was saved with "
-                    "(damping_style, max_factor_dim, max_block_dim, refresh_tolerance and the trainable parameters decide "
-                    "what is kept)."
+                    "(damping_style, max_factor_dim, max_block_dim and the trainable parameters decide what is kept)."
                 )
 
 
@@ -121,17 +120,19 @@ HOST_KEYS = (
     "scales_weight",
     "refreshes",
     "failures",
-    "skipped",
     "estimates",
     "refreshed_estimates",
     "refreshed_power",
 )
 
 
+RETIRED = ("skipped", "sketch_damping", "input_sketch", "output_sketch")  # of an option there was: nothing depends on them
+
+
 def copied(value: Any, device: torch.device, name: str = "") -> Any:
     """A deep copy on the device of the parameter; what is read at every step stays on the CPU."""
     if isinstance(value, dict):
-        return {key: copied(part, device, str(key)) for key, part in value.items()}
+        return {key: copied(part, device, str(key)) for key, part in value.items() if key not in RETIRED}
     if isinstance(value, Tensor):
         return value.detach().to("cpu" if name in HOST_KEYS else device, copy=True)
     return value

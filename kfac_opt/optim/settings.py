@@ -25,7 +25,6 @@ class CurvatureOptions:
     damping_scale: Literal["relative", "absolute"] = "relative"
     ramp_steps: int = 10
     refresh: Literal["staggered", "together"] = "staggered"
-    refresh_tolerance: float = 0.0
     weight_sharing: Literal["expand", "reduce"] = "expand"
     max_factor_dim: int = 8192
     max_block_dim: int | None = None
@@ -42,7 +41,6 @@ class CurvatureOptions:
             checks.check_choice(owner, name, getattr(self, name), allowed, checks.REMEDIES.get(name, ""))
         checks.check_count(owner, "label_samples", self.label_samples)
         checks.check_count(owner, "ramp_steps", self.ramp_steps, low=0)
-        checks.check_number(owner, "refresh_tolerance", self.refresh_tolerance, low=0.0)
         checks.check_count(owner, "max_factor_dim", self.max_factor_dim)
         if self.max_block_dim is not None:
             checks.check_count(owner, "max_block_dim", self.max_block_dim)

@@ -47,7 +47,6 @@ class BlockOptions:
     needs_basis: bool  # posterior samples need eigenbases with every damping style
     inverse_dtype: torch.dtype | None = None
     max_block_dim: int | None = None
-    refresh_tolerance: float = 0.0
 
 
 def track(
@@ -136,7 +135,6 @@ def _block(adapter: LayerAdapter, curvature: str, dtype: torch.dtype, options: B
             max_factor_dim=limit,
             max_block_dim=options.max_block_dim,
             split=options.damping_style == "split",
-            refresh_tolerance=options.refresh_tolerance,
         )
     return KroneckerBlock(
         adapter,
@@ -147,7 +145,6 @@ def _block(adapter: LayerAdapter, curvature: str, dtype: torch.dtype, options: B
         max_block_dim=options.max_block_dim,
         basis=options.needs_basis,
         inverse_dtype=options.inverse_dtype,
-        refresh_tolerance=options.refresh_tolerance,
     )
 
 

@@ -33,7 +33,6 @@ KINDS = [
     {"power": 0.5},
     {"max_factor_dim": 12},
     {"max_block_dim": 5},
-    {"refresh_tolerance": 0.3},
     {"optimizer_class": KFACVI, "num_data": 100},
 ]
 

@@ -14,13 +14,12 @@ from kfac_opt.layers.embedding import padding_rows
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.base import CurvatureOptimizer
 from kfac_opt.optim.draws import Covariances, NoiseAhead, VariationalOptions
-from kfac_opt.optim.output_noise import choose_layers
 from kfac_opt.optim.posteriors import follows_refreshes, parameter_names, posterior_blocks, safe_floor
 from kfac_opt.optim.schedule import factors_due
 from kfac_opt.optim.seeds import WEIGHTS, derive_seed, seeded
 from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.optim.tracking import TrackedBlock
-from kfac_opt.posterior import PosteriorBlock, Width
+from kfac_opt.posterior import NoiseSource, PosteriorBlock, Width
 
 
 class DrawingOptimizer(CurvatureOptimizer):
@@ -42,16 +41,6 @@ class DrawingOptimizer(CurvatureOptimizer):
         self._variational = variational
         self._forget_draws()
         super().__init__(model, params, defaults, options, generator)
-        if variational.output_noise == "linear" and not self._noisy_layers():
-            raise ValueError(
-                f"{type(self).__name__}: output_noise='linear' has no layer to act on: among the optimized "
-                "parameters no nn.Linear has a Kronecker-factored or eigenbasis block. Leave it out, or choose another curvature."
-            )
-        if self._noisy_layers() and _is_compiled(model):
-            raise ValueError(
-                f"{type(self).__name__}: output_noise works through hooks, which a compiled model ignores. "
-                "Leave it out, or train the model without torch.compile."
-            )
 
     def _forget_draws(self) -> None:
         self._covariances: Covariances | None = None  # of the training draws
@@ -116,8 +105,8 @@ class DrawingOptimizer(CurvatureOptimizer):
                 trained = [parameter.requires_grad for parameter in tracked.parameters]
                 key += [tracked.name, *trained, *(int(state[name]) for name in names if name in state)]
         if self._covariances is None or self._covariances.key != key:
-            noisy = {name: (self._weight_name(module), module) for name, module in self._noisy_layers().items()}
-            self._covariances = Covariances.of(key, self._blocks(current=False), noisy)
+            blocks = self._blocks(current=False)
+            self._covariances = Covariances(key, blocks, NoiseSource(blocks))
         return self._covariances
 
     def _steps_alike(self) -> Iterator[int]:
@@ -132,13 +121,6 @@ class DrawingOptimizer(CurvatureOptimizer):
                 if not follows_refreshes(tracked.block) and factors_due(step, interval, self._options.ramp_steps):
                     return
 
-    def _noisy_layers(self) -> dict[str, nn.Module]:
-        modules = {name: tracked.module for name, tracked in self._tracked.items()}
-        return choose_layers(self._variational.output_noise, modules)
-
-    def _weight_name(self, module: nn.Module) -> str:
-        return self._names.get(id(module._parameters.get("weight")), "")
-
     def _named(self) -> dict[str, Tensor]:
         """Optimized parameters by their names in the model, in the order of the groups; none that left the model."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -152,7 +134,3 @@ class DrawingOptimizer(CurvatureOptimizer):
 
     def _weight_generator(self, step: int, pair: int) -> torch.Generator:
         return self._generator(WEIGHTS, pair, step=step)
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "_orig_mod", None), nn.Module) or model._compiled_call_impl is not None

@@ -1,20 +1,17 @@
-"""Draws from the posterior while it is being trained: weights, or outputs of Linear layers."""
+"""Draws of the weights from the posterior while it is being trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_opt.optim import options as checks
-from kfac_opt.optim.output_noise import noisy_outputs
-from kfac_opt.optim.seeds import OUTPUTS
 from kfac_opt.posterior import NoiseSource, PosteriorBlock, PosteriorDamping, load_weights_
 
 
@@ -28,7 +25,6 @@ class VariationalOptions:
     prior_gradient: Literal["mean", "sample"] = "mean"
     weight_decay_rule: Literal["lr", "step"] = "lr"
     momentum_rule: Literal["constant", "lr"] = "constant"
-    output_noise: str | Sequence[str] | None = None
     batch_statistics: Literal["step", "pass"] = "step"
     sample_group: dist.ProcessGroup | None = None
 
@@ -51,30 +47,12 @@ class Covariances:
     Attributes:
         key: what they were made from.
         blocks: those of all layers.
-        source: draws of the layers with noise in their weights.
-        noisy: module and covariance of the layers that get noise at their outputs instead, by name.
+        source: draws the noise.
     """
 
     key: object
     blocks: list[PosteriorBlock]
     source: NoiseSource
-    noisy: dict[str, tuple[nn.Module, PosteriorBlock]]
-
-    @classmethod
-    def of(cls, key: object, blocks: list[PosteriorBlock], noisy_layers: dict[str, tuple[str, nn.Module]]) -> Covariances:
-        """Divides ``blocks`` among noise in weights and noise at the outputs of ``noisy_layers``.
-
-        Args:
-            noisy_layers: module and name of its weight by name of the layer. Wrappers put prefixes on the names of layers,
-                the blocks of a posterior have none.
-        """
-        by_weight = {block.weight: block for block in blocks}
-        noisy: dict[str, tuple[nn.Module, PosteriorBlock]] = {}
-        for name, (weight, module) in noisy_layers.items():
-            # A layer whose bias was frozen has a block of single weights: those get noise of their own.
-            if weight in by_weight and by_weight[weight].layout.kind == "matrix":
-                noisy[name] = (module, by_weight.pop(weight))
-        return cls(key, blocks, NoiseSource(list(by_weight.values())), noisy)
 
 
 class NoiseAhead:
@@ -123,8 +101,6 @@ class Sampler:
     Args:
         means, parameters: the optimized parameters, which are at their means, and copies of those, by name.
         noise_of: deviations of a draw by its number, by the name of the parameter; others stay at their means.
-        noisy: layers that get noise at their outputs in place of their weights: module and covariance by name.
-        make_generator: private generator for a purpose and its numbers.
         antithetic: draws 2i and 2i + 1 have opposite noise.
     """
 
@@ -133,19 +109,16 @@ class Sampler:
         means: dict[str, Tensor],
         parameters: dict[str, Tensor],
         noise_of: Callable[[int], dict[str, Tensor]],
-        noisy: dict[str, tuple[nn.Module, PosteriorBlock]],
-        make_generator: Callable[..., torch.Generator],
         *,
         antithetic: bool,
     ) -> None:
-        self.means, self.parameters, self.noise_of, self.noisy = means, parameters, noise_of, noisy
-        self.make_generator, self.antithetic = make_generator, antithetic
+        self.means, self.parameters, self.noise_of, self.antithetic = means, parameters, noise_of, antithetic
         self._pair: int | None = None
         self._noise: dict[str, Tensor] = {}
         self._sign = 1.0
 
-    def draw_(self, number: int, stack: ExitStack) -> None:
-        """Writes draw ``number`` of the step into the weights, and hooks the layers with noise at their outputs."""
+    def draw_(self, number: int) -> None:
+        """Writes draw ``number`` of the step into the weights."""
         pair, self._sign = pair_of(number, antithetic=self.antithetic)
         if self._pair is not None:
             load_weights_(list(self.parameters.values()), list(self.means.values()))
@@ -153,9 +126,6 @@ class Sampler:
             self._noise = self.noise_of(pair)
             self._pair = pair
         add_draw_(self.parameters, self._noise, self._sign)
-        if self.noisy:
-            generators = [self.make_generator(OUTPUTS, pair, layer) for layer in range(len(self.noisy))]
-            stack.enter_context(noisy_outputs(self.noisy, generators, self._sign))
 
     def add_noise_to(self, sums: dict[str, Tensor]) -> None:
         """Adds the noise of the draw in force to the sums by parameter name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -59,9 +59,6 @@ class KFACVI(VariationalOptimizer):
         weight_decay_rule: ``"lr"``: the decay follows the learning rate; ``"step"``: ``(weight_decay / lr) μ`` enters
             the momentum with the direction, so that the decay per step does not follow it (as published).
         momentum_rule: ``"constant"``, or ``"lr"``: ``momentum · lr / base_lr``, ``base_lr`` the ``lr`` given here.
-        output_noise: local reparameterization: None, ``"linear"`` for all Linear layers, or names of some: noise per
-            example at the layer's output in place of noise in its weights, which lowers the variance of the gradient.
-            Exact for layers that see one row per example; others are refused.
         batch_statistics: of BatchNorm layers: ``"step"``: the first pass of a step that is not dropped alone moves the
             running statistics; ``"pass"``: every such pass does.
         sample_group: ranks among which the passes of a step are divided: each has the same batch and other draws.
@@ -95,7 +92,6 @@ class KFACVI(VariationalOptimizer):
         prior_gradient: Literal["mean", "sample"] = "mean",
         weight_decay_rule: Literal["lr", "step"] = "lr",
         momentum_rule: Literal["constant", "lr"] = "constant",
-        output_noise: Literal["linear"] | Sequence[str] | None = None,
         batch_statistics: Literal["step", "pass"] = "step",
         sample_group: ProcessGroup | None = None,
         likelihood: LikelihoodName | Likelihood = "categorical",
@@ -170,7 +166,6 @@ class KFACVI(VariationalOptimizer):
             prior_gradient=prior_gradient,
             weight_decay_rule=weight_decay_rule,
             momentum_rule=momentum_rule,
-            output_noise=output_noise,
             batch_statistics=batch_statistics,
             sample_group=sample_group,
         )

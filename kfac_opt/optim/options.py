@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss_reduction": ("mean", "sum"),
     "refresh": ("staggered", "together"),
 }
-REMEDIES = {"refresh": "\"staggered\" spreads the refreshes over the steps of a round, so that no step stalls."}
+REMEDIES = {"refresh": '"staggered" spreads the refreshes over the steps of a round, so that no step stalls.'}
 
 
 def check_choice(owner: str, name: str, value: object, allowed: Sequence[str], remedy: str = "") -> None:

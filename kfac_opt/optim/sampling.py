@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -144,31 +144,28 @@ class SamplingOptimizer(DrawingOptimizer):
                     dict(zip(named, means)),
                     named,
                     noise_of,
-                    covariances.noisy,
-                    self._generator,
                     antithetic=antithetic,
                 )
                 for index in draws:
                     gradients.start_pass()
-                    with ExitStack() as stack:
-                        sampler.draw_(first + index, stack)
-                        statistics, before = BatchStatistics(model), gradients.completed
-                        try:
-                            with self._collector.separately():
-                                yield index
-                                self._check_num_data()
-                                if not gradients.finish_pass(drop=self._discard):
-                                    raise _Dropped
-                            if self._variational.prior_gradient == "sample":
-                                sampler.add_noise_to(self._noise_sum)
-                                self._noise_count += 1
-                        except _Dropped:
-                            self._dropped_samples += 1
-                        finally:
-                            moves = self._variational.batch_statistics == "pass" or before == 0
-                            if gradients.completed == before or not moves:
-                                statistics.restore_()
-                        self._discard = False
+                    sampler.draw_(first + index)
+                    statistics, before = BatchStatistics(model), gradients.completed
+                    try:
+                        with self._collector.separately():
+                            yield index
+                            self._check_num_data()
+                            if not gradients.finish_pass(drop=self._discard):
+                                raise _Dropped
+                        if self._variational.prior_gradient == "sample":
+                            sampler.add_noise_to(self._noise_sum)
+                            self._noise_count += 1
+                    except _Dropped:
+                        self._dropped_samples += 1
+                    finally:
+                        moves = self._variational.batch_statistics == "pass" or before == 0
+                        if gradients.completed == before or not moves:
+                            statistics.restore_()
+                    self._discard = False
         finally:
             self._inside = None
             self._next_draw = first + draws.stop

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-LABELS, WEIGHTS, OUTPUTS, EVALUATION, POSTERIOR = 1, 2, 3, 4, 5
-"""Purposes: sampled labels; draws of training in the weights and at outputs; ``sampled_params()``; ``posterior()``."""
+LABELS, WEIGHTS, EVALUATION, POSTERIOR = 1, 2, 4, 5
+"""Purposes: sampled labels; draws of training; ``sampled_params()``; ``posterior()``. Seeds of saved states depend on them."""
 
 
 def derive_seed(base: int, *purpose: int) -> int:

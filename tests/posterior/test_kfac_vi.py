@@ -18,7 +18,7 @@ from kfac_opt.optim.draws import NoiseAhead
 from kfac_opt.optim.seeds import WEIGHTS
 from kfac_opt.posterior import NoiseSource
 from kfac_opt.prediction import predict
-from tests.support import Twice, assert_same, close, data, gradients, mlp, weights
+from tests.support import assert_same, close, data, gradients, mlp, weights
 
 
 def vi(model: nn.Module, params: Any = None, **options: Any) -> KFACVI:
@@ -484,62 +484,6 @@ def test_running_statistics_move_once_per_step_or_once_per_pass(rule: str):
     moves = 1 if rule == "step" else 3
     close(model[1].running_mean, (1 - 0.9**moves) * batch_mean)
     assert int(model[1].num_batches_tracked) == moves
-
-
-# -- output noise -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("output_noise", [None, "linear"])
-def test_output_noise_averages_over_the_batch_and_noise_in_the_weights_does_not(output_noise: str | None):
-    model = mlp()
-    optimizer = vi(model, output_noise=output_noise, antithetic=False, lr=0.0, momentum=0.0, prior_precision=5.0)
-    train(optimizer, model)
-    x, y = data(16)
-    number, spread = 300, []
-    for repeats in (1, 4):  # every example four times: independent noise leaves a quarter of the variance
-        found = []
-        for _ in range(number):
-            optimizer.zero_grad()
-            for _ in optimizer.weight_samples(1):
-                backward(model, x.repeat(repeats, 1), y.repeat(repeats))
-            found.append(model[2].weight.grad.clone())
-        spread.append(float(torch.stack(found).var(0).sum()))
-    # The ratio of two variances from 300 draws each: standard error 0.12 for one entry, less for a sum of many.
-    expected = 1.0 if output_noise is None else 0.25
-    assert abs(spread[1] / spread[0] / expected - 1) < 0.4
-
-
-def test_output_noise_is_refused_where_it_would_not_be_exact():
-    convolution = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 3)).double()
-    with pytest.raises(ValueError, match=r"for nn.Linear alone, '0' is Conv1d. Choose from \['2'\]; .*antithetic"):
-        vi(convolution, output_noise=["0"])
-    with pytest.raises(ValueError, match="'9' is not a layer with curvature"):
-        vi(convolution, output_noise=["9"])
-    with pytest.raises(ValueError, match="output_noise must be None, 'linear' or names"):
-        vi(convolution, output_noise="all")
-    tokens = nn.Linear(4, 3, dtype=torch.float64)
-    optimizer = vi(tokens, output_noise="linear")
-    x, y = torch.randn(2, 5, 4, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.long)
-    F.cross_entropy(tokens(x).flatten(0, 1), y.flatten()).backward()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match=r"'' needs one call per pass on \[batch, features\], found an input"):
-        for _ in optimizer.weight_samples(1):
-            tokens(x)
-    twice = Twice().double()
-    optimizer = vi(twice, output_noise=["shared"])
-    backward(twice, *data())
-    optimizer.step()
-    before = weights(twice)
-    with pytest.raises(RuntimeError, match="found more than one call in a pass"):
-        for _ in optimizer.weight_samples(1):
-            twice(data()[0])
-    assert_same(weights(twice), before)
-    assert not twice.shared._forward_hooks or all("Noise" not in repr(h) for h in twice.shared._forward_hooks.values())
-
-
-def test_output_noise_is_refused_for_a_compiled_model():
-    with pytest.raises(ValueError, match="which a compiled model ignores"):
-        vi(torch.compile(mlp(), backend="eager"), output_noise="linear")
 
 
 # -- the posterior ----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
@@ -78,38 +77,6 @@ def test_a_flat_buffer_that_holds_the_gradients_goes_on_holding_them():
     assert float(buffer.norm()) > 0
     assert model.weight.grad.data_ptr() == buffer.data_ptr()
     close(torch.cat([model.weight.grad.flatten(), model.bias.grad]), buffer)
-
-
-def test_output_noise_acts_inside_a_wrapper(one_rank: None):
-    """The wrapper puts a prefix on the names of the layers."""
-    model = mlp()
-    wrapped = DistributedDataParallel(model)
-    optimizer = vi(wrapped, output_noise="linear")
-    train(optimizer, wrapped, steps=2)
-    x, y = data()
-    before, at_mean = model[0].weight.detach().clone(), wrapped(x).detach()
-    for _ in optimizer.weight_samples(1):
-        assert_same(model[0].weight.detach(), before)
-        out = wrapped(x)
-        F.cross_entropy(out, y).backward()
-    assert not torch.allclose(out.detach(), at_mean)
-
-
-def test_output_noise_without_a_linear_layer_is_refused():
-    with pytest.raises(ValueError, match="output_noise='linear' has no layer to act on"):
-        vi(mlp(), curvature="diagonal", output_noise="linear")
-
-
-def test_a_layer_whose_bias_was_frozen_gets_noise_in_its_weights_again():
-    model = mlp()
-    optimizer = vi(model, output_noise="linear")
-    train(optimizer, model, steps=2)
-    model[0].bias.requires_grad_(False)
-    before, drawn = model[0].weight.detach().clone(), []
-    for _ in optimizer.weight_samples(1):
-        drawn.append(model[0].weight.detach().clone())
-        backward(model, *data())
-    assert not torch.equal(drawn[0], before)
 
 
 def test_a_replaced_layer_leaves_the_loop_and_the_posterior():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class MatrixLayout:
     weight_shape: tuple[int, ...]
     has_bias: bool = False
     groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"MatrixLayout: kind must be one of {list(get_args(Kind))}, got {self.kind!r}")
 
     @property
     def numel(self) -> int:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kfac_opt.layers import MatrixLayout
 from tests import reference
 from tests.support import bare_kfac, close, data, estimate, mlp
 
@@ -185,3 +186,8 @@ def test_a_linear_layer_used_only_through_its_weight_is_moved_to_the_diagonal_an
     assert "odd" in said
     assert not torch.equal(before, model.odd.weight)
     assert optimizer.curvature["odd.weight"].diagonal.shape == (4, 4)
+
+
+def test_a_misspelt_layout_is_refused():
+    with pytest.raises(ValueError, match=r"kind must be one of .*'matrix'.*, got 'linear'"):
+        MatrixLayout("linear", (3, 4))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.battery import report
 from benchmarks.battery.run import SEARCH_SEED, Contestant, Schedule, make_factory, search, train
 from benchmarks.battery.tasks import TASKS
 from benchmarks.common.config import LOCAL, parse_arguments
 from benchmarks.common.optimizers import default_settings
 from benchmarks.common.progress import progress
-from benchmarks.common.results import append_json_line, fingerprint, read_json_lines
+from benchmarks.common.results import append_json_line, fingerprint, provenance, read_json_lines, write_json
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,14 @@ class BatteryConfig:
     Attributes:
         tasks: names of ``tasks.TASKS``, in the order in which they are run.
         contestants: by name; the one called ``adamw`` gives the targets.
-        only: contestants that are run now; the report takes what is there.
-        seeds: of the runs at the best settings; the search uses another.
+        only: contestants that are run now (default: all); the others are reported as far as they have been run.
+        seeds: of the runs at the best settings; the search uses another one.
     """
 
     name: str
     tasks: list[str]
     contestants: dict[str, Contestant]
-    only: list[str] = field(default_factory=list)
+    only: list[str] | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     schedule: Schedule = field(default_factory=Schedule)
     threads: int = 1
@@ -41,10 +43,14 @@ class BatteryConfig:
     keep: Path | None = field(default=None, metadata=LOCAL)
 
     def __post_init__(self) -> None:
-        for kind, given, known in (("tasks", self.tasks, TASKS), ("only", self.only, self.contestants)):
+        for kind, given, known in (("tasks", self.tasks, TASKS), ("only", self.only or [], self.contestants)):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"{kind} must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
+class NotThere(Exception):
+    """A run that is not in the log and is not to be made now."""
 
 
 class Runs:
@@ -59,10 +65,14 @@ class Runs:
     def get(self, task_name: str, name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
         """The run of these settings, from the log or new."""
         contestant, task = self.config.contestants[name], TASKS[task_name]
+        if seed == SEARCH_SEED and task.search_steps is not None:
+            task = dataclasses.replace(task, steps=task.search_steps)
         shape = [task_name, task.steps, task.batch_size, self.config.schedule.name, self.config.schedule.warmup_steps]
         made_by = [contestant.optimizer, contestant.tag, default_settings(contestant.optimizer)]
         identity = fingerprint([shape, made_by, settings, seed])
         if identity not in self.lines:
+            if self.config.only is not None and name not in self.config.only:
+                raise NotThere(f"{task_name}, {name}, {settings}, seed {seed}")
             if self._data[0] != task_name:
                 self._data = (task_name, task.data(self.config.data_root))
             factory = make_factory(contestant, task, settings, seed)
@@ -75,27 +85,34 @@ class Runs:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs, then writes the report."""
+    """Runs what is missing, then keeps the summary and writes tables and figure beside it."""
     config = parse_arguments(BatteryConfig, arguments, description="Fifteen small tasks, equal search budgets, one score.")
     torch.set_num_threads(config.threads)
-    run(config)
+    found = run(config)
+    content = {**provenance(config, SEARCH_SEED), **report.summarize(found, {k: c.label for k, c in config.contestants.items()})}
+    report.write(write_json((config.keep or config.out / config.name) / f"{config.name}.json", content))
 
 
-def run(config: BatteryConfig) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The runs at the best settings by task and contestant, one for each seed."""
+def run(config: BatteryConfig) -> report.Found:
+    """Best settings, runs (one for each seed) and least seconds of a step, by task and contestant."""
     runs = Runs(config)
-    names = config.only or list(config.contestants)
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in config.tasks}
-    with progress(len(config.tasks) * len(names), config.name) as display:
+    found: report.Found = {task: {} for task in config.tasks}
+    with progress(len(config.tasks) * len(config.contestants), config.name) as display:
         for task in config.tasks:
-            for name in names:
-                contestant = config.contestants[name]
+            for name, contestant in config.contestants.items():
                 scale = TASKS[task].sgd_scale if contestant.optimizer == "sgd" else 1.0
+                made: list[dict[str, Any]] = []
 
-                def measure(settings: dict[str, Any], task: str = task, name: str = name) -> float:
-                    return float(runs.get(task, name, settings, SEARCH_SEED)["final_loss"])
+                def get(settings: dict[str, Any], seed: int, *at: str, made: list[dict[str, Any]] = made) -> dict[str, Any]:
+                    made.append(runs.get(at[0], at[1], settings, seed))
+                    return made[-1]
 
-                best = search(contestant, scale, measure)
-                found[task][name] = [runs.get(task, name, best, seed) for seed in config.seeds]
+                try:
+                    best = search(contestant, scale, lambda s, at=(task, name), get=get: get(s, SEARCH_SEED, *at)["final_loss"])
+                    last = [get(best, seed, task, name) for seed in config.seeds]
+                except NotThere:
+                    continue
+                whole = [line["seconds"] / len(line["losses"]) for line in made if len(line["losses"]) == TASKS[task].steps]
+                found[task][name] = {"settings": best, "runs": last, "seconds_per_step": min(whole, default=math.nan)}
                 display.advance(note=f"{task}, {contestant.label}")
-    return found
+    return {task: by_name for task, by_name in found.items() if by_name}

@@ -35,6 +35,7 @@ class BatteryTask:
         likelihood: output distribution; the loss is its negative log-likelihood, summed over outputs, averaged over
             examples (tokens).
         steps, batch_size: of one run.
+        search_steps: of one run of the search, where that would take too long in full; the same for everybody.
         sgd_scale: SGD's learning rates are searched around so many times the usual ones: the loss is not divided by
             the number of outputs.
         noise: makes inputs and targets out of clean examples, anew for each batch (diffusion).
@@ -46,6 +47,7 @@ class BatteryTask:
     likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
     steps: int = 200
     batch_size: int = 128
+    search_steps: int | None = None
     sgd_scale: float = 1.0
     noise: Callable[[Batch, torch.Generator], Batch] | None = None
 
@@ -170,17 +172,17 @@ TASKS: dict[str, BatteryTask] = {
         "MNIST, MLP 784-512×3-10",
         lambda: mlp((784, 512, 512, 512, 10)),
         _read(DataConfig("mnist", 20000, 2000, flatten=True)),
-        steps=150,
+        steps=100,
     ),
-    "lenet5": BatteryTask("CIFAR-10, LeNet5", lenet5, _read(DataConfig("cifar10", 10000, 2000)), steps=300),
+    "lenet5": BatteryTask("CIFAR-10, LeNet5", lenet5, _read(DataConfig("cifar10", 10000, 2000)), steps=200),
     "resnet18": BatteryTask(
-        "CIFAR-10 at 16 × 16, ResNet18 of width 16", lambda: resnet18(width=16), _small_cifar, steps=100, batch_size=64
+        "CIFAR-10 at 16 × 16, ResNet18 of width 16", lambda: resnet18(width=16), _small_cifar, steps=60, batch_size=64
     ),
     "vit": BatteryTask(
-        "CIFAR-10, ViT 4 × 96", VisionTransformer, _read(DataConfig("cifar10", 20000, 2000)), steps=150, batch_size=64
+        "CIFAR-10, ViT 4 × 96", VisionTransformer, _read(DataConfig("cifar10", 20000, 2000)), steps=100, batch_size=64
     ),
     "gpt_small_batch": BatteryTask(
-        "Tiny Shakespeare, GPT 4 × 128, batch 4", lambda: GPT(context=64, width=128), SHAKESPEARE, batch_size=4
+        "Tiny Shakespeare, GPT 4 × 128, batch 4", lambda: GPT(context=64, width=128), SHAKESPEARE, steps=120, batch_size=4
     ),
     "autoencoder": BatteryTask(
         "MNIST, deep autoencoder (nats)",
@@ -189,9 +191,12 @@ TASKS: dict[str, BatteryTask] = {
         "bernoulli",
         steps=150,
         batch_size=256,
+        search_steps=50,
         sgd_scale=0.01,
     ),
-    "gpt": BatteryTask("Tiny Shakespeare, GPT 4 × 256, batch 16", lambda: GPT(context=64), SHAKESPEARE, batch_size=16),
+    "gpt": BatteryTask(
+        "Tiny Shakespeare, GPT 4 × 256, batch 16", lambda: GPT(context=64), SHAKESPEARE, batch_size=16, search_steps=67
+    ),
     "char_lstm": BatteryTask(
         "Tiny Shakespeare, LSTM of 128", CharLSTM, _read(DataConfig("shakespeare", num_test=500, context=32)), batch_size=32
     ),

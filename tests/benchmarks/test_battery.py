@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.battery import battery, rivals
+from benchmarks.battery import battery, report, rivals
 from benchmarks.battery.run import Contestant, Schedule, final_loss, next_rate, search, steps_to, train
 from benchmarks.battery.tasks import KEPT_ASIDE, TASKS, _add_noise
 from benchmarks.common.config import ConfigError, load_config
+from benchmarks.common.results import write_json
 
 CONFIG = Path(__file__).parents[2] / "configs" / "battery" / "all.yaml"
 
@@ -171,6 +172,56 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
     found = battery.run(config)
     log = tmp_path / "all" / "runs.jsonl"
     assert len(log.read_text().splitlines()) == 9
-    assert found["digits_mlp"]["adamw"][0]["final_loss"] < 1.0
+    assert found["digits_mlp"]["adamw"]["runs"][0]["final_loss"] < 1.0
     monkeypatch.setattr(battery, "train", lambda *arguments: pytest.fail("trained again"))
     assert battery.run(config) == found
+
+
+def _entry(losses, per_step, test_error=(0.1, 0.1, 0.1)):
+    runs = [
+        {"losses": c, "final_loss": final_loss(c, len(c)), "test_loss": 1.0, "test_error": e}
+        for c, e in zip(losses, test_error, strict=True)
+    ]
+    return {"settings": {"lr": 0.1}, "runs": runs, "seconds_per_step": per_step}
+
+
+@pytest.fixture
+def content():
+    """AdamW gets to 1 at the end of 200 steps; another in half of them, at the price of three; a third never."""
+    line = [2.0] * 180 + [1.0] * 20
+    soon, never = [2.0] * 90 + [0.5] * 110, [2.0] * 200
+    found = {
+        task: {
+            "adamw": _entry([line] * 3, 1.0),
+            "kfac": _entry([soon, soon, soon], 3.0, (0.1, 0.11, 0.12)),
+            "sgd": _entry([never] * 3, 0.5, (0.3, 0.3, 0.3)),
+        }
+        for task in ("digits_mlp", "fields")
+    }
+    return report.summarize(found, {"adamw": "AdamW", "kfac": "KFAC", "sgd": "SGD"})
+
+
+def test_scores_are_shares_of_adamws_steps_and_seconds(content):
+    # windows of 20: the first whose mean of 2s and 0.5s is at most 1 starts at step 84, its middle is 94
+    table = report.scores(content, ["adamw", "kfac", "sgd"], ["digits_mlp", "fields"])
+    assert table["kfac"]["steps"] == pytest.approx(94 / 200)
+    assert table["kfac"]["seconds"] == pytest.approx(3 * 94 / 200)
+    assert table["sgd"]["steps"] == report.NOT_REACHED
+    assert table["sgd"]["seconds"] == 1.0
+    assert [table[name]["reached"] for name in table] == [2, 2, 0]
+    assert [table[name]["lowest_loss"] for name in table] == [0, 2, 0]
+    assert [table[name]["fastest"] for name in table] == [2, 0, 2]
+    assert [table[name]["error_near_best"] for name in table] == [2, 0, 0]
+
+
+def test_report_is_made_of_the_kept_json_alone(content, tmp_path):
+    report.write(write_json(tmp_path / "all.json", content))
+    text = (tmp_path / "all.md").read_text()
+    assert "| digits, MLP 64-128-128-10 | 1.00 | 0.47 | 2.00 (3) |" in text
+    assert "| SGD | 1 | 2.00 | 1.00 | 0 | 0 | 1 | 0 | 0 |" in text  # the one task that was kept aside
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_contestants_that_are_not_run_now_are_reported_as_far_as_they_went(tmp_path):
+    config = load_config(battery.BatteryConfig, CONFIG, [("tasks", ["digits_mlp"]), ("only", []), ("out", str(tmp_path))])
+    assert battery.run(config) == {}

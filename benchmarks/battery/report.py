@@ -1,0 +1,202 @@
+"""Summary, scores, tables and figure, made from the kept JSON alone.
+
+python -m benchmarks.battery.report benchmarks/results/battery/all.json
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.battery.run import steps_to
+from benchmarks.battery.tasks import KEPT_ASIDE, TASKS
+from benchmarks.common.comparison import mean_and_error
+from benchmarks.common.results import read_json, write_text
+
+REFERENCE = "adamw"
+NOT_REACHED = 2.0
+Found = dict[str, dict[str, dict[str, Any]]]
+
+
+def summarize(found: Found, labels: dict[str, str]) -> dict[str, Any]:
+    """What is kept of the runs: ``found[task][contestant]`` has ``settings``, ``runs`` (one a seed), ``seconds_per_step``."""
+    return {
+        "labels": labels,
+        "tasks": {
+            task: {name: _summarize_one(TASKS[task].steps, entry, by_name.get(REFERENCE)) for name, entry in by_name.items()}
+            for task, by_name in found.items()
+        },
+    }
+
+
+def _summarize_one(steps: int, entry: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:
+    """Losses and errors by seed; the share of AdamW's steps that each seed needs for AdamW's final loss at that seed."""
+    runs = entry["runs"]
+    summary = {"settings": entry["settings"], "seconds_per_step": entry["seconds_per_step"]}
+    for key in ("final_loss", "test_loss", "test_error"):
+        summary[key] = [run[key] for run in runs]
+    if reference is not None:
+        reached = [
+            steps_to(run["losses"], steps, target["final_loss"]) for run, target in zip(runs, reference["runs"], strict=True)
+        ]
+        summary["steps"] = [1.0 if entry is reference else value and value / steps for value in reached]
+        summary["seconds"] = entry["seconds_per_step"] / reference["seconds_per_step"]
+    return summary
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """``exp`` of the mean logarithm."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def steps_ratio(entry: dict[str, Any]) -> float:
+    """Geometric mean over seeds; a seed that did not reach the target counts as ``NOT_REACHED``."""
+    return geometric_mean([NOT_REACHED if value is None else value for value in entry["steps"]])
+
+
+def seconds_ratio(entry: dict[str, Any]) -> float:
+    """Steps times what a step costs beside AdamW's."""
+    return steps_ratio(entry) * float(entry["seconds"])
+
+
+def loss(entry: dict[str, Any]) -> float:
+    """Geometric mean of the final training loss over seeds; infinite if one broke."""
+    values = entry["final_loss"]
+    return math.inf if any(value is None or not 0 < value < math.inf for value in values) else geometric_mean(values)
+
+
+def error(entry: dict[str, Any]) -> tuple[float, float]:
+    """Mean test error and its standard error."""
+    values = [math.inf if value is None else value for value in entry["test_error"]]
+    return (math.inf, 0.0) if math.inf in values else mean_and_error(values)
+
+
+def scores(content: dict[str, Any], names: Sequence[str], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By contestant, over the tasks where everybody ran: steps, seconds, and how often it is in front."""
+    table = content["tasks"]
+    tasks = [task for task in tasks if task in table and all(name in table[task] for name in names)]
+    result: dict[str, dict[str, float]] = {}
+    for name in names:
+        mine = [table[task][name] for task in tasks]
+        best_errors = [min(error(table[task][other]) for other in names) for task in tasks]
+        within = [error(e)[0] <= best[0] + math.hypot(error(e)[1], best[1]) for e, best in zip(mine, best_errors, strict=True)]
+        result[name] = {
+            "tasks": len(tasks),
+            "steps": geometric_mean([steps_ratio(entry) for entry in mine]),
+            "seconds": geometric_mean([seconds_ratio(entry) for entry in mine]),
+            "reached": sum(all(value is not None for value in entry["steps"]) for entry in mine),
+            "lowest_loss": sum(
+                loss(e) <= min(loss(table[t][other]) for other in names) for t, e in zip(tasks, mine, strict=True)
+            ),
+            "fastest": sum(
+                seconds_ratio(e) <= min(seconds_ratio(table[t][other]) for other in names)
+                for t, e in zip(tasks, mine, strict=True)
+            ),
+            "faster_than_adamw": sum(seconds_ratio(entry) < 1 for entry in mine),
+            "error_near_best": sum(within),
+        }
+    return result
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """All tables; a contestant appears where it ran."""
+    table, labels = content["tasks"], content["labels"]
+    names = [name for name in labels if any(name in by_name for by_name in table.values())]
+    complete = [name for name in names if all(name in by_name for by_name in table.values())]
+    seen = [task for task in table if task not in KEPT_ASIDE]
+    aside = [task for task in table if task in KEPT_ASIDE]
+    parts = ["# Fifteen tasks, nothing left to chance\n"]
+    for title, tasks in (("All tasks", seen + aside), ("Kept aside while defaults were chosen", aside)):
+        parts.append(f"## {title}: shares of tuned AdamW's steps and seconds (geometric means)\n")
+        header = [
+            "",
+            "tasks",
+            "steps",
+            "seconds",
+            "reaches AdamW",
+            "lowest loss",
+            "fastest",
+            "faster than AdamW",
+            "error near best",
+        ]
+        rows = []
+        for name, s in scores(content, complete, tasks).items():
+            counts = [s[key] for key in ("reached", "lowest_loss", "fastest", "faster_than_adamw", "error_near_best")]
+            rows.append([labels[name], str(s["tasks"]), f"{s['steps']:.2f}", f"{s['seconds']:.2f}", *map(str, counts)])
+        parts.append(_table(header, rows))
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("Final training loss (geometric mean of three seeds)", lambda e: f"{loss(e):.3g}"),
+        ("Share of AdamW's steps to AdamW's final training loss", lambda e: f"{steps_ratio(e):.2f}{_missed(e)}"),
+        ("The same in seconds of processor time", lambda e: f"{seconds_ratio(e):.2f}{_missed(e)}"),
+        ("Test error (% wrong, or squared error), mean ± standard error", _error_text),
+        ("Settings", lambda e: ", ".join(f"{key} {value:g}" for key, value in e["settings"].items()) or "defaults"),
+    ]
+    for title, text in columns:
+        rows = [
+            [TASKS[task].title + (" (kept aside)" if task in aside else "")]
+            + [text(_with_unit(task, table[task][name])) if name in table[task] else "" for name in names]
+            for task in seen + aside
+        ]
+        parts.append(f"## {title}\n")
+        parts.append(_table(["", *(labels[name] for name in names)], rows))
+    parts.append(
+        f"A seed that does not reach AdamW's loss counts as {NOT_REACHED:g}; (n) is how many of the seeds did not. Seconds: the "
+        "least that a step took in any run, one thread. Losses are means over the last tenth of the mini-batches.\n"
+    )
+    return "\n".join(parts)
+
+
+def _with_unit(task: str, entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "percent": TASKS[task].likelihood == "categorical" or task == "two_digits"}
+
+
+def _error_text(entry: dict[str, Any]) -> str:
+    mean, deviation = error(entry)
+    factor = 100 if entry["percent"] else 1
+    return f"{factor * mean:.3g} ± {factor * deviation:.1g}"
+
+
+def _missed(entry: dict[str, Any]) -> str:
+    missed = sum(value is None for value in entry["steps"])
+    return f" ({missed})" if missed else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def figure(content: dict[str, Any]) -> bytes:
+    """PNG: one line for each task, one mark for each contestant, shares of AdamW's steps and seconds."""
+    from benchmarks.common.figures import COLOURS, OPTIMIZER_COLOURS, figure_png, house_style, plt
+
+    table, labels = content["tasks"], content["labels"]
+    tasks = [t for t in reversed(table) if t in KEPT_ASIDE] + [t for t in reversed(table) if t not in KEPT_ASIDE]
+    with house_style():
+        canvas, panels = plt.subplots(1, 2, figsize=(11, 0.34 * len(tasks) + 1.6), sharey=True)
+        for axes, ratio, title in ((panels[0], steps_ratio, "steps"), (panels[1], seconds_ratio, "seconds")):
+            for index, name in enumerate(labels):
+                here = [place for place, task in enumerate(tasks) if name in table[task]]
+                colour = OPTIMIZER_COLOURS.get(name, COLOURS[(index + 3) % len(COLOURS)])
+                marker = "D" if name.startswith("kfac") else "ov^<>sP"[index % 7]
+                values = [ratio(table[tasks[place]][name]) for place in here]
+                axes.plot(values, here, marker, color=colour, label=labels[name], markersize=6, alpha=0.85)
+            axes.axvline(1.0, color="#777777", linewidth=1.0)
+            axes.set(xscale="log", xlabel=f"share of tuned AdamW's {title}")
+        panels[0].set_yticks(range(len(tasks)), [task + ("*" if task in KEPT_ASIDE else "") for task in tasks])
+        panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+        return figure_png(canvas)
+
+
+def write(path: Path) -> None:
+    """Tables and figure beside the JSON at ``path``."""
+    content = read_json(path)
+    write_text(path.with_suffix(".md"), markdown(content))
+    path.with_suffix(".png").write_bytes(figure(content))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

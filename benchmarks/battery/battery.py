@@ -67,6 +67,7 @@ class Runs:
         contestant, task = self.config.contestants[name], TASKS[task_name]
         if seed == SEARCH_SEED and task.search_steps is not None:
             task = dataclasses.replace(task, steps=task.search_steps)
+        task = dataclasses.replace(task, steps=contestant.num_steps(task))
         shape = [task_name, task.steps, task.batch_size, self.config.schedule.name, self.config.schedule.warmup_steps]
         made_by = [contestant.optimizer, contestant.tag, default_settings(contestant.optimizer)]
         identity = fingerprint([shape, made_by, settings, seed])
@@ -112,7 +113,9 @@ def run(config: BatteryConfig) -> report.Found:
                     last = [get(best, seed, task, name) for seed in config.seeds]
                 except NotThere:
                     continue
-                whole = [line["seconds"] / len(line["losses"]) for line in made if len(line["losses"]) == TASKS[task].steps]
-                found[task][name] = {"settings": best, "runs": last, "seconds_per_step": min(whole, default=math.nan)}
+                steps = contestant.num_steps(TASKS[task])
+                whole = [line["seconds"] / steps for line in made if len(line["losses"]) == steps]
+                least = min(whole, default=math.nan)
+                found[task][name] = {"settings": best, "runs": last, "num_steps": steps, "seconds_per_step": least}
                 display.advance(note=f"{task}, {contestant.label}")
     return {task: by_name for task, by_name in found.items() if by_name}

@@ -22,7 +22,7 @@ Found = dict[str, dict[str, dict[str, Any]]]
 
 
 def summarize(found: Found, labels: dict[str, str]) -> dict[str, Any]:
-    """What is kept of the runs: ``found[task][contestant]`` has ``settings``, ``runs`` (one a seed), ``seconds_per_step``."""
+    """What is kept of ``found[task][contestant]``: ``settings``, ``runs`` (by seed), ``num_steps``, ``seconds_per_step``."""
     return {
         "labels": labels,
         "tasks": {
@@ -40,7 +40,8 @@ def _summarize_one(steps: int, entry: dict[str, Any], reference: dict[str, Any] 
         summary[key] = [run[key] for run in runs]
     if reference is not None:
         reached = [
-            steps_to(run["losses"], steps, target["final_loss"]) for run, target in zip(runs, reference["runs"], strict=True)
+            steps_to(run["losses"], entry["num_steps"], target["final_loss"])
+            for run, target in zip(runs, reference["runs"], strict=True)
         ]
         summary["steps"] = [1.0 if entry is reference else value and value / steps for value in reached]
         summary["seconds"] = entry["seconds_per_step"] / reference["seconds_per_step"]

@@ -28,6 +28,7 @@ class Contestant:
         fixed: settings of every run.
         rates: learning rates that are tried first; none means that nothing is searched.
         alternatives: settings tried, each for itself, at the best learning rate.
+        length: share of the task's steps that a run has, warm-up and decay within it.
         tag: changes when the program behind the name changes: runs of another tag are not used again.
     """
 
@@ -36,7 +37,12 @@ class Contestant:
     fixed: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     alternatives: list[dict[str, Any]] = field(default_factory=list)
+    length: float = 1.0
     tag: str = ""
+
+    def num_steps(self, task: BatteryTask) -> int:
+        """Steps of a run at the best settings."""
+        return round(self.length * task.steps)
 
 
 @dataclass(frozen=True)

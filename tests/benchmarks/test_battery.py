@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def test_a_broken_run_is_a_result(digits):
 
 
 def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "digits_mlp", __import__("dataclasses").replace(TASKS["digits_mlp"], steps=20))
+    monkeypatch.setitem(TASKS, "digits_mlp", dataclasses.replace(TASKS["digits_mlp"], steps=20))
     overrides = [("tasks", ["digits_mlp"]), ("only", ["adamw"]), ("out", str(tmp_path)), ("seeds", [0])]
     config = load_config(battery.BatteryConfig, CONFIG, overrides)
     found = battery.run(config)
@@ -182,7 +183,7 @@ def _entry(losses, per_step, test_error=(0.1, 0.1, 0.1)):
         {"losses": c, "final_loss": final_loss(c, len(c)), "test_loss": 1.0, "test_error": e}
         for c, e in zip(losses, test_error, strict=True)
     ]
-    return {"settings": {"lr": 0.1}, "runs": runs, "seconds_per_step": per_step}
+    return {"settings": {"lr": 0.1}, "runs": runs, "num_steps": len(losses[0]), "seconds_per_step": per_step}
 
 
 @pytest.fixture
@@ -225,3 +226,16 @@ def test_report_is_made_of_the_kept_json_alone(content, tmp_path):
 def test_contestants_that_are_not_run_now_are_reported_as_far_as_they_went(tmp_path):
     config = load_config(battery.BatteryConfig, CONFIG, [("tasks", ["digits_mlp"]), ("only", []), ("out", str(tmp_path))])
     assert battery.run(config) == {}
+
+
+def test_a_shorter_run_has_a_schedule_of_its_own_and_is_measured_in_the_tasks_steps(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "digits_mlp", dataclasses.replace(TASKS["digits_mlp"], steps=40))
+    rates, adamw = {"fixed": {"lr": 0.02}, "rates": [], "alternatives": []}, {"optimizer": "adamw", "label": "AdamW"}
+    contestants = {"adamw": {**adamw, **rates}, "half": {**adamw, **rates, "length": 0.5}}
+    overrides = [("tasks", ["digits_mlp"]), ("contestants", contestants), ("out", str(tmp_path)), ("seeds", [0])]
+    found = battery.run(load_config(battery.BatteryConfig, CONFIG, overrides))["digits_mlp"]
+    assert len(found["half"]["runs"][0]["losses"]) == 20
+    half = found["half"]["runs"][0]["losses"]
+    found["adamw"]["runs"][0]["final_loss"] = target = sum(half[-2:]) / 2
+    middles = [place for place in range(1, 20) if sum(half[place - 1 : place + 1]) / 2 <= target]
+    assert report.summarize({"digits_mlp": found}, {})["tasks"]["digits_mlp"]["half"]["steps"] == [middles[0] / 40]

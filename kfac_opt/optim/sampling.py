@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from kfac_opt.optim.draws import Sampler, VariationalOptions, add_draw_, pair_of
 from kfac_opt.optim.passes import BatchStatistics, GradientMean, all_finite
 from kfac_opt.optim.seeds import EVALUATION
 from kfac_opt.optim.settings import CurvatureOptions
+from kfac_opt.optim.suspended import Suspended
 from kfac_opt.posterior import NoiseSource, restored_weights
 
 
@@ -74,7 +75,7 @@ class SamplingOptimizer(DrawingOptimizer):
 
     # -- passes with drawn weights ------------------------------------------------------------------------------
 
-    def weight_samples(self, num_samples: int | None = None) -> Iterator[int]:
+    def weight_samples(self, num_samples: int | None = None) -> Suspended:
         """Loop over passes: inside the body the weights are a draw from the posterior, afterwards the means again.
 
         Run forward and backward in the body. After the loop every ``.grad`` of the model, also where another optimizer
@@ -99,7 +100,7 @@ class SamplingOptimizer(DrawingOptimizer):
         number = self._variational.num_samples if num_samples is None else num_samples
         checks.check_count(type(self).__name__, "weight_samples: num_samples", number)
         self._refuse_inside("weight_samples()")
-        return self._passes(self._share_of(number))
+        return Suspended(self._passes(self._share_of(number)))
 
     def _sample_group(self) -> dist.ProcessGroup | None:
         """Ranks that divide the passes of a step; None when there is nobody to share with."""
@@ -118,7 +119,7 @@ class SamplingOptimizer(DrawingOptimizer):
             )
         return range(number * me // ranks, number * (me + 1) // ranks)
 
-    def _passes(self, draws: range) -> Iterator[int]:
+    def _passes(self, draws: range) -> Generator[int, None, None]:
         self._refuse_inside("weight_samples()")
         model = self._require_model()
         self._check_groups()
@@ -129,8 +130,8 @@ class SamplingOptimizer(DrawingOptimizer):
         if self._noise_count and not any(_has_gradient(parameter) for parameter in optimized):
             self._noise_sum, self._noise_count = {}, 0  # that of a skipped step
         first = self._next_draw + self._next_draw % 2  # pairs never span two loops
-        self._inside = "weight_samples()"
         try:
+            self._inside = "weight_samples()"
             with restored_weights(optimized) as means:
                 covariances, antithetic = self._drawing(), self._variational.antithetic
                 pairs = list(dict.fromkeys(pair_of(first + index, antithetic=antithetic)[0] for index in draws))
@@ -192,8 +193,8 @@ class SamplingOptimizer(DrawingOptimizer):
             generator = self._generator(EVALUATION, self._next_evaluation)
             self._next_evaluation += 1
         named = self._named()
-        self._inside = "sampled_params()"
         try:
+            self._inside = "sampled_params()"
             with restored_weights(list(named.values())):
                 add_draw_(named, NoiseSource(blocks).draw(generator), 1.0)
                 yield
@@ -240,7 +241,7 @@ class SamplingOptimizer(DrawingOptimizer):
                 losses.append(torch.as_tensor(loss).detach())
                 self._discard = not math.isfinite(losses[-1])
         finally:
-            samples.close()  # type: ignore[attr-defined]
+            samples.close()
         if self._all_dropped:
             for group in self.param_groups:
                 for parameter in group["params"]:

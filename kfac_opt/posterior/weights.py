@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -70,6 +71,15 @@ def write_draw_(parameters: Sequence[Tensor], means: Sequence[Tensor], noise: Se
             parameter.copy_((mean + sign * part).to(mean.dtype))
 
 
+_at_exit: list[bool] = []
+
+
+@atexit.register
+def _end() -> None:
+    """Contexts that are still open then are closed when torch is half gone: their weights end with the program."""
+    _at_exit.append(True)
+
+
 @contextmanager
 def restored_weights(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Gives copies of the weights, and puts them back at the end, also when the body raises."""
@@ -78,4 +88,9 @@ def restored_weights(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     try:
         yield saved
     finally:
-        load_weights_(parameters, saved)
+        if not _at_exit:
+            try:
+                load_weights_(parameters, saved)
+            except BaseException:  # an interrupt
+                load_weights_(parameters, saved)
+                raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -208,3 +210,90 @@ def test_a_padding_row_that_another_layer_trains_is_random():
     model["head"].weight = model["table"].weight
     posterior = Posterior.from_model(model, [], width=Width(10.0))
     assert bool((posterior.variance()["table.weight"] > 0).all())
+
+
+# -- a loop that is left ----------------------------------------------------------------------------------------
+
+
+def leave(how: str, samples: Iterator[int], model: nn.Module, kept: list[BaseException]) -> None:
+    """Leaves a loop over ``samples`` in the middle of a pass."""
+    numbers = enumerate(samples) if how == "enumerated" else samples
+    try:
+        for _ in numbers:
+            backward(model, *data())
+            if how == "break":
+                break
+            raise ValueError("out of memory")
+    except ValueError as error:
+        kept.append(error)
+    del numbers
+
+
+def fail(samples: Iterator[int]) -> None:
+    for _ in samples:
+        raise ValueError("out of memory")
+
+
+@pytest.mark.parametrize("how", ["raise", "break", "enumerated", "outside"])
+def test_a_loop_that_is_left_puts_the_means_back_whoever_holds_the_iterator_and_the_exception(how: str):
+    model = mlp()
+    optimizer = vi(model)
+    train(optimizer, model, steps=2)
+    before, kept = {n: p.detach().clone() for n, p in model.named_parameters()}, []
+    samples = optimizer.weight_samples(2)
+    if how == "outside":
+        try:
+            fail(samples)
+        except ValueError as error:
+            kept.append(error)
+    else:
+        leave(how, samples, model, kept)
+    assert_same({n: p.detach() for n, p in model.named_parameters()}, before)
+    train(optimizer, model, steps=1)
+    with pytest.raises(StopIteration):
+        next(samples)
+
+
+def test_an_iterator_that_is_stepped_by_hand_ends_with_close():
+    model = mlp()
+    optimizer = vi(model)
+    train(optimizer, model, steps=2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    samples = optimizer.weight_samples(2)
+    assert [next(samples), next(samples)] == [0, 1]
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    samples.close()
+    assert_same({n: p.detach() for n, p in model.named_parameters()}, before)
+
+
+OPEN_AT_EXIT = """
+import torch
+from torch import nn
+from kfac_opt import KFACVI
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+optimizer = KFACVI(model, num_data=100)
+x, y = torch.randn(8, 4), torch.randint(3, (8,))
+for _ in range(2):
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+held = {held}
+print("open")
+"""
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "optimizer.weight_samples(2); next(held)",
+        "enumerate(optimizer.weight_samples(2)); next(held)",
+        "optimizer.sampled_params(); held.__enter__()",
+    ],
+)
+def test_passes_left_open_at_the_end_of_a_program_end_with_it(held: str):
+    code = OPEN_AT_EXIT.replace("{held}", held)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.strip() == "open"
+    assert "Exception ignored" not in found.stderr

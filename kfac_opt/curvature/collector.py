@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_opt.curvature.backward import gradients_at, read_gradients
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.edges import output_edge
-from kfac_opt.curvature.hooks import WeakHook, is_transformed
+from kfac_opt.curvature.hooks import WeakHook, active_calls, is_transformed
 from kfac_opt.curvature.passes import Pass, Pending
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.proof import verdicts
@@ -127,6 +127,8 @@ class Collector:
     def on_root_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = self._running
         running.depth += 1
+        if running.depth > 1:
+            running.depth = min(running.depth, max(1, active_calls(module)))  # an interrupt may have left the call before
         if running.depth > 1 and running.current is not None:
             return
         running.depth = 1

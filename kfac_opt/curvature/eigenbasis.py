@@ -85,7 +85,7 @@ class EigenbasisBlock(KroneckerBlock):
     def _install(self, state: State, new: Refreshed) -> None:
         """The old scales go along into the new basis: ``ŝ ← (R_G∘R_G) ŝ (R_A∘R_A)ᵀ``, ``R = Q_newᵀ Q_old``."""
         if self.ready(state):
-            scales = state["scales"]
+            scales = state["scales"].clone()
             for name, side in self.sides.items():
                 if f"{name}_basis" not in new:
                     continue
@@ -96,6 +96,7 @@ class EigenbasisBlock(KroneckerBlock):
                         scales[:, start:end] = turn @ scales[:, start:end]
                     else:
                         scales[..., start:end] = scales[..., start:end] @ turn.mT
+            new = {**new, "scales": [scales]}
         super()._install(state, new)
 
     def resolve_examples(self, state: State, statistics: Statistics) -> None:

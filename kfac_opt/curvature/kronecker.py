@@ -122,18 +122,35 @@ class KroneckerBlock(FactorBlock):
             new = work()
         except FactorizationError as error:
             state["failures"] += 1
-            if int(state["failures"]) >= MAX_FAILURES or not self.ready(state):
+            if self.gives_up(state):
                 raise FactorizationError(
                     f"{error} ({int(state['failures'])} times in a row; damping {float(damping.of(state)):.3g}, factors "
                     f"of size {self.dims['input']} and {self.dims['output']})"
                 ) from error
             return
+        except BaseException:
+            if not self.in_basis:
+                state["refreshed_power"].zero_()  # an inverse may be half written: the next step makes it anew
+            raise
         self._install(state, new)
         state["failures"].zero_()
         state["refreshed_estimates"].fill_(estimates)
         state["refreshes"] += 1
 
+    def gives_up(self, state: State) -> bool:
+        """Whether the last refresh failed so that there is nothing to go on with."""
+        failures = int(state["failures"])
+        return failures >= MAX_FAILURES or (failures > 0 and not self.ready(state))
+
     def _install(self, state: State, new: Refreshed) -> None:
+        """Copies what was computed; all of it, for bases and what lies in them belong together."""
+        try:
+            self._put(state, new)
+        except BaseException:  # an interrupt: from the start again
+            self._put(state, new)
+            raise
+
+    def _put(self, state: State, new: Refreshed) -> None:
         for name, found in new.items():
             side, _, kind = name.partition("_")
             if not found:

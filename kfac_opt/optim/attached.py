@@ -35,6 +35,8 @@ class AttachedOptimizer(Optimizer):
 
     needs_basis = False
     zero_damping = False
+    _detached_by: str | None = None  # the optimizer that took over
+    _armed_step = -1  # for which the hooks are set
 
     def __init__(
         self,
@@ -87,16 +89,12 @@ class AttachedOptimizer(Optimizer):
 
     def _attach(self, model: nn.Module) -> None:
         root = unwrapped(model)
-        other = _attached.get(root)
-        if other is not None and other() not in (None, self):
-            raise RuntimeError(
-                f"{type(self).__name__}: another curvature optimizer is already attached to this model. Call its detach() "
-                "or let it go out of scope first; give one optimizer several parameter groups instead of two optimizers."
-            )
         options = self._options
         self._model = model
         self._rows = GradientRows() if options.gradient_rows else None
         self._track()  # may raise: nothing is attached before
+        for other in self._others(root):
+            other._give_way(self)
         _attached[root] = weakref.ref(self)
         make_generator = _PassGenerators(self)
         self._collector = make_collector(
@@ -172,6 +170,24 @@ class AttachedOptimizer(Optimizer):
         this = weakref.proxy(self)
         return CurvatureView(name, tracked.block, lambda: this._block_state(tracked), lambda: this._damping(tracked))
 
+    def _others(self, root: nn.Module) -> list[AttachedOptimizer]:
+        """Attached optimizers of the same model, or of a part or a whole of it with some of the same parameters."""
+        own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        found = []
+        for model, reference in list(_attached.items()):
+            other = reference()
+            if other is None or other is self:
+                continue
+            shared = any(id(parameter) in own for group in other.param_groups for parameter in group["params"])
+            if model is root or shared:
+                found.append(other)
+        return found
+
+    def _give_way(self, other: AttachedOptimizer) -> None:
+        """Trainers build a second optimizer while they still hold the first: the newer one is the one that steps."""
+        self.detach()
+        self._detached_by = type(other).__name__
+
     def detach(self) -> None:
         """Removes all hooks and frees the model for another optimizer. ``step()`` raises afterwards."""
         if self._model is not None:
@@ -182,6 +198,12 @@ class AttachedOptimizer(Optimizer):
         self._model = None
 
     def _require_model(self) -> nn.Module:
+        if self._model is None and self._detached_by is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: this optimizer was detached when {self._detached_by} was built on the same model or "
+                "parameters after it; the later one takes over. Step that one, or build one optimizer with several parameter "
+                "groups instead of two."
+            )
         if self._model is None:
             raise RuntimeError(
                 f"{type(self).__name__}: this optimizer is not attached to a model (it was detached, copied or unpickled "
@@ -295,10 +317,12 @@ class AttachedOptimizer(Optimizer):
     def _arm(self) -> None:
         """Hooks on for the next step if it takes an estimate, off if it does not."""
         step = self._step_count()
+        self._armed_step = -1
         self._armed_intervals = [{name: group[name] for name in INTERVALS} for group in self.param_groups]
         due = self._estimation.due(step, self.param_groups, self._known_states())
         if not due:
             self._collector.detach()
+            self._armed_step = step
             return
         states = {}
         for name, tracked in due.items():
@@ -307,6 +331,7 @@ class AttachedOptimizer(Optimizer):
             stays = stays and not self._estimation.refreshes(name, step, self.param_groups)
             states[name] = state if stays else None
         self._collector.attach(due, states)
+        self._armed_step = step
 
     def _retrack_flat(self, names: list[str]) -> None:
         """Layers that are used through their weights only get diagonal blocks."""

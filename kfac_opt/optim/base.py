@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class CurvatureOptimizer(SavedOptimizer):
     Not used by itself: :class:`kfac_opt.KFAC` and :class:`kfac_opt.KFACVI` are its two faces.
     """
 
+    _broken_off = False  # a step that took the passes was left by an exception
     _trust_region_scales: dict[int, float | Tensor] = {}  # noqa: RUF012 - replaced, never written to
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -49,15 +50,22 @@ class CurvatureOptimizer(SavedOptimizer):
         self._check_groups()
         self._refuse_step()
         loss = self._evaluate(closure) if closure is not None else None
-        with torch.no_grad(), self._outside_autocast():
-            self._refuse_written()
+        self._refuse_written()
+        with self._left_ready(), torch.no_grad(), self._outside_autocast():
             self._advance_curvature()
             self._trust_region_scales = {}
             for number, group in enumerate(self.param_groups):
                 self._step_group(number, group)
-        self._forget_rows()
-        self._arm()
         return loss
+
+    @contextmanager
+    def _left_ready(self) -> Iterator[None]:
+        """The next step finds its hooks, also where this one is left by an exception (no memory, an interrupt)."""
+        try:
+            yield
+        finally:
+            self._forget_rows()
+            self._arm()
 
     @property
     def trust_region_scales(self) -> dict[int, Tensor]:
@@ -87,17 +95,14 @@ class CurvatureOptimizer(SavedOptimizer):
         self._check_groups()
         self._refuse_step()
         self._refuse_written()
-        with self._outside_autocast():
+        with self._left_ready(), self._outside_autocast():
             self._advance_curvature()
-            self._written = []
             for number, group in enumerate(self.param_groups):
                 found = self._directions(number, group, raw=True)
                 for parameter, direction in zip(found.parameters, found.directions):
                     assert parameter.grad is not None
+                    self._written.append((weakref.ref(parameter.grad), parameter.grad._version + 1))
                     parameter.grad.copy_(direction)
-                    self._written.append((weakref.ref(parameter.grad), parameter.grad._version))
-        self._forget_rows()
-        self._arm()
 
     def _forget_rows(self) -> None:
         if self._rows is not None:
@@ -126,37 +131,56 @@ class CurvatureOptimizer(SavedOptimizer):
         self._init_state()
         step = self._step_count()
         groups = self._as_armed()
-        due = {} if changed else self._estimation.due(step, groups, self._states())
+        armed = self._armed_step == step  # not after an interrupt while hooks were set: the old curvature goes on
+        due = self._estimation.due(step, groups, self._states()) if armed and not changed else {}
         pending = None
         if due:
-            self._refuse_unseen()
-            self._refuse_hidden(due)
+            self._refuse_unusable(due)
+            self._broken_off = True
             pending = self._collector.take()
             self._flatten_unused(due, pending)
         self._estimation.advance(self._states(), pending, step, groups, self._damping)
         steps = [self.state[p]["step"] for group in self.param_groups for p in group["params"] if p in self.state]
         torch._foreach_add_(steps, 1)
+        self._broken_off = False
 
-    def _refuse_unseen(self) -> None:
-        """An estimate was due and the forward of the model never ran, although there are gradients."""
-        if self._collector.forward_seen:
-            return
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(bool(gradient.any()) for gradient in gradients if not gradient.is_sparse):
+    def _refuse_unusable(self, due: dict[str, TrackedBlock]) -> None:
+        """An estimate is due and there are gradients, but the forward of the model never ran, or hooks cannot see a layer.
+
+        Decided over the ranks, before anybody waits for the others' sums: a rank without a batch joins with zeros.
+        """
+        seen, hidden = self._collector.forward_seen or self._broken_off, self._hidden_layer(due)
+        unseen = not seen and self._any_gradient()
+        group = active_group(self._options.process_group)
+        if group is not None:
+            device = next(iter(due.values())).weight.device
+            flags = torch.tensor([seen, unseen, hidden is not None], dtype=torch.float64, device=device)
+            sum_over_ranks_([flags], group)
+            seen, unseen = bool(flags[0]), bool(flags[1])
+            hidden = hidden or ("of another rank" if bool(flags[2]) else None)
+        if unseen and not seen:
             raise RuntimeError(
                 f"{type(self).__name__}: there are gradients, but the forward of the model was not seen since the last "
                 f"step, so that the estimate that is due has no data. Give {type(self).__name__} the module that you "
                 "call (a part of the model was called, or the forward method directly)."
             )
+        if hidden is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: layer '{hidden}' runs inside a reentrant checkpoint, which hides it from "
+                "hooks. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
 
-    def _refuse_hidden(self, due: dict[str, TrackedBlock]) -> None:
+    def _any_gradient(self) -> bool:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return any(bool(gradient.any()) for gradient in gradients if not gradient.is_sparse)
+
+    def _hidden_layer(self, due: dict[str, TrackedBlock]) -> str | None:
+        """A layer with a gradient that ran where hooks do not see it, by name."""
         for name in self._collector.hidden - self._collector.fired:
             gradient = due[name].weight.grad if name in due else None
             if gradient is not None and bool(gradient.any()):  # zeros are what zero_grad(set_to_none=False) leaves
-                raise RuntimeError(
-                    f"{type(self).__name__}: layer '{name}' runs inside a reentrant checkpoint, which hides it from "
-                    "hooks. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-                )
+                return name
+        return None
 
     def _flatten_unused(self, due: dict[str, TrackedBlock], pending: Pending) -> None:
         """Layers used through their weight only (their forward never ran) move to diagonal blocks, once, by name.

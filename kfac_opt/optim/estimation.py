@@ -158,8 +158,19 @@ class Estimation:
                     error = _named(name, reason)
         if group is not None and chosen:
             self._share(states, chosen, owners, group)
+            error = error or self._given_up(states, chosen, owners, me)
         if error is not None:
             raise error
+
+    def _given_up(
+        self, states: dict[str, State], chosen: list[str], owners: list[int], me: int
+    ) -> FactorizationError | None:
+        """What another rank raises just now: nobody is left waiting for it."""
+        for name, owner in zip(chosen, owners):
+            block = self.tracked[name].block
+            if owner != me and isinstance(block, KroneckerBlock) and block.gives_up(states[name]):
+                return _named(name, FactorizationError(f"rank {owner} says why"))
+        return None
 
     def _share(self, states: dict[str, State], chosen: list[str], owners: list[int], group: dist.ProcessGroup) -> None:
         """Everybody gets what the owners computed, with the counts that say whether it is usable."""

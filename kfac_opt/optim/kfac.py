@@ -112,7 +112,8 @@ class KFAC(CurvatureOptimizer):
 
     Raises:
         ValueError, TypeError, RuntimeError: at construction for arguments out of range, foreign parameters, weight
-            and bias in different groups, DataParallel, sharded parameters, a second optimizer on the model.
+            and bias in different groups, DataParallel, sharded parameters. A later optimizer on the same model takes over:
+            this one's ``step()`` then says so.
     """
 
     def __init__(

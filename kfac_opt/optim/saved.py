@@ -20,8 +20,9 @@ class SavedOptimizer(AttachedOptimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
-                if not state:
+                if "step" not in state:
                     state["step"] = torch.tensor(float(self._step_count()))
+                if "seed" not in state:
                     state["seed"] = torch.tensor(self._base_seed, dtype=torch.int64)
                 if float(group["momentum"]) > 0.0 and "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

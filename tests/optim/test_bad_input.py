@@ -333,21 +333,12 @@ def test_a_mask_of_the_wrong_shape():
         optimizer.step()
 
 
-def test_a_second_optimizer_on_the_same_model():
-    model = mlp()
-    first = KFAC(model)
-    with pytest.raises(ERRORS, match=r"(?s)attached.*detach\(\)"):
-        KFAC(model)
-    first.detach()
-    KFAC(model)
-
-
-def test_a_second_optimizer_on_other_parameters_of_the_same_model():
+def test_an_optimizer_on_other_parameters_of_the_same_model():
     model = mlp()
     first = KFAC(model, model[0].parameters())
-    with pytest.raises(ERRORS, match=r"detach\(\)"):
-        KFAC(model, model[2].parameters())
-    assert first.param_groups
+    KFAC(model, model[2].parameters())
+    with pytest.raises(RuntimeError, match=r"(?s)the later one takes over.*one optimizer with several parameter groups"):
+        first.step()
 
 
 def test_calling_only_a_part_of_the_model():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command import run_command
 from benchmarks.common.comparison import Comparison, ComparisonConfig, Contestant, run_comparison, summarize
 from benchmarks.common.comparison_report import HEADER, comparison_section, summary_row
 from benchmarks.common.config import parse_arguments
@@ -68,4 +69,4 @@ def _short(value: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

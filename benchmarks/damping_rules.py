@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import parse_arguments
 from benchmarks.common.figures import COLOURS, Curve, line_figure, save_png
 from benchmarks.common.page import Figure, Section, Table, machine_footer, write_page
@@ -122,4 +123,4 @@ def _curves(config: RulesConfig, runs: dict[str, list[RuleRun]], shown: list[Lin
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,13 +8,13 @@ again. With ``--storage postgresql://user:password@host/database`` any number of
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.common.config import ConfigError, parse_arguments
+from benchmarks.common.command import run_command
+from benchmarks.common.config import parse_arguments
 from benchmarks.common.progress import duration
 from benchmarks.common.tables import text_table
 from benchmarks.damping.config import SweepConfig
@@ -28,10 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Runs what is missing of a sweep, writes pictures, table and page, returns the path of the page."""
     config = parse_arguments(SweepConfig, arguments, description=__doc__ or "", default=DEFAULT_CONFIG)
     torch.set_num_threads(config.threads)
-    try:
-        progressed = run_sweep(config)
-    except ConfigError as error:
-        sys.exit(f"damping_sweep: {error}")
+    progressed = run_sweep(config)
     report = make_report(config, config.name.replace("_", " "))
     page = write_report(report)
     print(text_table(HEADER, [summary_row(summary) for summary in report.summaries]))
@@ -49,4 +46,4 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

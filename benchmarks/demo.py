@@ -6,6 +6,7 @@ Every section trains on the digits that scikit-learn ships; all end on one HTML 
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import LOCAL, ConfigError, parse_arguments
 from benchmarks.common.page import Section, machine_footer, write_page
 from benchmarks.common.progress import duration
@@ -47,8 +49,8 @@ class DemoConfig:
     out: Path = field(default=Path("out/demo"), metadata=LOCAL)
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"scale must be > 0, got {self.scale}")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be a finite number > 0, got {self.scale}")
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -90,4 +92,4 @@ def _run_sections(config: DemoConfig) -> list[Section]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

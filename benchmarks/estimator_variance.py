@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command import run_command
 from benchmarks.common.data import load_data
 from benchmarks.common.page import Table
 from benchmarks.common.progress import progress
@@ -150,4 +151,4 @@ def _layer_rows(config: VarianceConfig, found: EstimatorVariance) -> list[list[s
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command import run_command
 from benchmarks.common.data import load_data
 from benchmarks.common.models import build_model
 from benchmarks.common.page import Figure, Table
@@ -155,4 +156,4 @@ def _panel_caption(config: SpectrumConfig) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import LOCAL
 from benchmarks.common.figures import COLOURS, figure_png, house_style
 from benchmarks.common.models import build_model
@@ -183,4 +184,4 @@ def goals(medians: dict[str, float]) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import resolved
 from benchmarks.common.data import Dataset, load_data
 from benchmarks.common.page import Figure, Table
@@ -163,4 +164,4 @@ def _rows(found: Run) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import parse_arguments
 from benchmarks.common.figures import save_png
 from benchmarks.common.page import machine_footer, write_page
@@ -47,4 +48,4 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

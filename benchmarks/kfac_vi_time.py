@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import LOCAL, parse_arguments
 from benchmarks.common.models import build_model
 from benchmarks.common.progress import progress
@@ -188,4 +189,4 @@ def _prediction(config: TimeConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

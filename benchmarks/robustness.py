@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import LOCAL, parse_arguments, resolved
 from benchmarks.common.figures import heat_figure
 from benchmarks.common.optimizers import build_optimizer, default_settings, label
@@ -289,4 +290,4 @@ def _reach(outcome: dict[str, Any], target: float) -> int | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import LOCAL, parse_arguments
 from benchmarks.common.memory import peak_bytes
 from benchmarks.common.optimizers import build_optimizer, state_bytes
@@ -254,4 +255,4 @@ def _rate(device: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.command import run_command
 from benchmarks.common.config import LOCAL, ConfigError, parse_arguments
 from benchmarks.common.figures import bar_figure
 from benchmarks.common.memory import peak_bytes
@@ -227,4 +228,4 @@ def _section(config: StepTimeConfig, name: str, found: list[StepTime]) -> Sectio
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

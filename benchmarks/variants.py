@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.common.command import run_command
 from benchmarks.common.comparison import mean_and_error, median_reach
 from benchmarks.common.config import LOCAL, parse_arguments, resolved
 from benchmarks.common.optimizers import build_optimizer, default_settings
@@ -125,4 +126,4 @@ def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

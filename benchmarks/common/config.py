@@ -12,12 +12,14 @@ import argparse
 import dataclasses
 import difflib
 import re
+import tempfile
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+import torch
 import yaml
 
 ConfigType = TypeVar("ConfigType")
@@ -63,7 +65,18 @@ def load_config(config_class: type[ConfigType], path: str | Path | None, overrid
         content = loaded
     for key, value in overrides:
         _set_nested(content, key, value)
-    return typing.cast(ConfigType, _convert(config_class, content, ""))
+    config = _convert(config_class, content, "")
+    if hasattr(config, "name"):
+        _check_name(config.name)
+    return typing.cast(ConfigType, config)
+
+
+def _check_name(name: str) -> None:
+    """The name of an experiment names files and folders below ``out``: nothing may be written elsewhere."""
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise ConfigError(
+            f"key 'name' must be letters, digits, '_', '-', '+' and '.', for it names a folder below 'out', got '{name}'."
+        )
 
 
 def parse_arguments(
@@ -87,9 +100,48 @@ def parse_arguments(
     known, rest = parser.parse_known_args(arguments)
     try:
         overrides = [_split_assignment(text) for text in known.set] + _read_flags(rest)
-        return load_config(config_class, known.config, overrides)
+        config = load_config(config_class, known.config, overrides)
+        check_place(config)
+        return config
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def check_place(config: Any) -> None:
+    """Checks the ``device`` and the folders of a config on this machine, so that no run fails on them hours later.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if hasattr(config, "device"):
+        check_device(config.device)
+    for key in ("out", "keep"):
+        if getattr(config, key, None) is not None:
+            check_folder(getattr(config, key), key)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError unless tensors can be made on ``device``."""
+    try:
+        usable = torch.device(device).type != "meta"
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # torch raises each of them for a missing backend
+        usable = False
+    if not usable:
+        allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ConfigError(f"key 'device' must be a device that torch finds on this machine ({allowed}), got '{device}'.")
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Makes ``folder`` and raises ConfigError where no file can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ConfigError(
+            f"key '{key}': '{folder}' cannot be written ({error.strerror}). Give another folder with --{key}."
+        ) from error
 
 
 def resolved(config: Any, *, include_local: bool = False) -> Any:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from benchmarks.common.config import ConfigError
+
 DatasetName = Literal["digits", "mnist", "cifar10", "fashion_mnist", "shakespeare"]
 
 
@@ -118,7 +120,7 @@ def _load_torchvision(config: DataConfig, root: Path) -> Dataset:
             # The second call checks the files that are there and fetches them only when they are not.
             examples = source(str(root), train=train, download=not _is_complete(source, root, train))
         except Exception as error:  # torchvision raises URLError, RuntimeError, OSError for the same trouble
-            raise RuntimeError(
+            raise ConfigError(
                 f"data set '{config.name}' is not below '{root}' and could not be downloaded ({error}). "
                 "Give the folder that holds it with --data-root, or run once with network access."
             ) from error
@@ -168,7 +170,7 @@ def _load_shakespeare(config: DataConfig, root: Path) -> Dataset:
     candidates = [root, root / "input.txt", root / "tinyshakespeare" / "input.txt", root / "tinyshakespeare.txt"]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        raise RuntimeError(
+        raise ConfigError(
             "Tiny Shakespeare was not found: no file "
             + ", ".join(f"'{candidate}'" for candidate in candidates[1:])
             + ". Give the text file, or the folder that holds it, with --data-root "
@@ -189,6 +191,6 @@ def _load_shakespeare(config: DataConfig, root: Path) -> Dataset:
 def _windows(tokens: Tensor, context: int, stride: int) -> tuple[Tensor, Tensor]:
     """Inputs and next tokens, both ``[windows, context]``."""
     if len(tokens) < context + 1:
-        raise ValueError(f"context must be below the number of tokens {len(tokens)}, got {context}")
+        raise ConfigError(f"key 'data.context' must be below the number of tokens {len(tokens)}, got {context}.")
     windows = tokens.unfold(0, context + 1, max(stride, 1))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -168,7 +168,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width must be a multiple of num_heads, got width {width} and num_heads {num_heads}")
+            raise ConfigError(f"key 'model.width' must be a multiple of num_heads {num_heads}, got {width}.")
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Embedding(context, width)
         self.blocks = nn.ModuleList(TransformerBlock(width, num_heads, fused_qkv) for _ in range(num_layers))
@@ -211,11 +211,27 @@ def build_model(config: Mapping[str, Any], seed: int) -> nn.Module:
 
     The global random state is left as it was.
     """
+    check_model(config)
+    options = dict(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[options.pop("name")](**options)
+
+
+def check_model(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an unknown name, argument or activation, and for sizes below 1."""
     options = dict(config)
     name = options.pop("name", None)
     if name not in MODELS:
         raise ConfigError(f"key 'model.name' must be one of {', '.join(MODELS)}, got {name!r}.")
     check_keys(options, list(inspect.signature(MODELS[name]).parameters), "model")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[name](**options)
+    for key, value in options.items():
+        if key.endswith("activation"):
+            if value not in ACTIVATIONS:
+                raise ConfigError(f"key 'model.{key}' must be one of {', '.join(ACTIVATIONS)}, got {value!r}.")
+        elif not all(isinstance(size, int) and (size >= 1 or size is False) for size in _as_list(value)):
+            raise ConfigError(f"key 'model.{key}' must be whole numbers >= 1, got {value!r}.")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

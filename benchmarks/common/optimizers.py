@@ -30,7 +30,12 @@ def build_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got '{name}'.")
-    return OPTIMIZERS[name](model, dict(settings), likelihood, seed)
+    try:
+        return OPTIMIZERS[name](model, dict(settings), likelihood, seed)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer '{name}' refuses its settings {dict(settings)}: {error}") from error
 
 
 def _build_sgd(model: nn.Module, settings: dict[str, Any], likelihood: str, seed: int) -> torch.optim.Optimizer:

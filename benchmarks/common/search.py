@@ -30,8 +30,8 @@ class SearchRange:
         if self.choices is not None:
             if self.low is not None or self.high is not None:
                 raise ValueError("give either choices, or low and high, not both")
-        elif self.low is None or self.high is None or not self.low < self.high:
-            raise ValueError(f"a search range needs low < high, or choices; got low={self.low}, high={self.high}")
+        elif self.low is None or self.high is None or not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"a search range needs finite low < high, or choices; got low={self.low}, high={self.high}")
         elif self.log and self.low <= 0:
             raise ValueError(f"a logarithmic range needs low > 0, got {self.low}")
 
@@ -105,7 +105,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not optimizer.search:
         raise ConfigError(f"optimizers.{name}.search is empty: name at least one setting to search.")
-    study = optuna.create_study(study_name=name, storage=_storage_url(storage), load_if_exists=True)
+    study = optuna.create_study(study_name=name, storage=_url(storage), load_if_exists=True)
     owner = owner_mark()
     while (finished := _num_finished(study)) < config.num_trials:
         number = finished + _num_running(study)  # of others: this process runs none here
@@ -138,17 +138,16 @@ def num_finished_trials(name: str, storage: str | Path) -> int:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.load_study(study_name=name, storage=_storage_url(storage))
+        study = optuna.load_study(study_name=name, storage=_url(storage))
     except KeyError:
         return 0
     return _num_finished(study)
 
 
-def _storage_url(storage: str | Path) -> str:
-    if "://" in str(storage):
-        return str(storage)
-    Path(storage).parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{Path(storage).resolve()}"
+def _url(storage: str | Path) -> str:
+    from benchmarks.common.storage import database_url
+
+    return database_url(str(storage)).render_as_string(hide_password=False)
 
 
 def _num_finished(study: Any) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.common.config import ConfigError
 from benchmarks.common.data import DataConfig, Dataset, load_data
-from benchmarks.common.models import build_model
+from benchmarks.common.models import build_model, check_model
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,6 +69,7 @@ class TaskConfig:
         for key in ("steps", "batch_size", "eval_interval"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be >= 1, got {getattr(self, key)}")
+        check_model(self.model)
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,9 @@ class Task:
         self.device = torch.device(device)
         self.dataset: Dataset = load_data(config.data, data_root).to(self.device)
         if config.batch_size > len(self.dataset.train_inputs):
-            raise ValueError(
-                f"task.batch_size must be at most the number of training examples {len(self.dataset.train_inputs)}, "
-                f"got {config.batch_size}"
+            raise ConfigError(
+                f"key 'task.batch_size' must be at most the number of training examples {len(self.dataset.train_inputs)}, "
+                f"got {config.batch_size}."
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,8 @@ class SweepConfig:
             )
         if self.num_kept > self.num_trials:
             raise ValueError(f"num_kept must be at most num_trials ({self.num_trials}), got {self.num_kept}")
-        if not self.divergence_factor > 1:
-            raise ValueError(f"divergence_factor must be > 1, got {self.divergence_factor}")
+        if not 1 < self.divergence_factor < math.inf:
+            raise ValueError(f"divergence_factor must be a finite number > 1, got {self.divergence_factor}")
         self._check_grid()
         for name, settings in self.optimizers.items():
             check_keys(settings.search, SEARCHED, f"optimizers.{name}.search")
@@ -172,8 +173,8 @@ class SweepConfig:
                     f"key 'without_damping' names '{name}', which is not among the optimizers {', '.join(self.optimizers)}."
                 )
         for damping in self.dampings:
-            if not damping > 0:
-                raise ConfigError(f"key 'dampings' must hold numbers > 0, got {damping:g}.")
+            if not 0 < damping < math.inf:
+                raise ConfigError(f"key 'dampings' must hold finite numbers > 0, got {damping:g}.")
         if len(set(self.dampings)) != len(self.dampings):
             raise ConfigError(f"key 'dampings' must hold different numbers, got {self.dampings}.")
 

@@ -30,7 +30,7 @@ class Finding:
 def findings(config: SweepConfig, summaries: Sequence[SettingSummary], optimizer: str) -> list[Finding]:
     """All findings for the settings of one optimizer with damping."""
     chosen = [s for s in summaries if s.setting.optimizer == optimizer and s.num_finished]
-    if len(chosen) < 3:
+    if len(chosen) < 3 or not any(s.num_kept for s in chosen):
         return []
     return [
         _middle_is_best(chosen),

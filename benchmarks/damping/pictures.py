@@ -60,7 +60,9 @@ def final_losses(config: SweepConfig, summaries: Sequence[SettingSummary]) -> by
         for summary in summaries:
             if summary.setting.damping is None and summary.num_kept:
                 axes.axhline(summary.mean_final_loss, color="#000000", linestyle="--", label=summary.label)
-        axes.set(xscale="log", yscale="log", xlabel="damping", ylabel="final training loss in nats")
+        axes.set(xscale="log", xlabel="damping", ylabel="final training loss in nats")
+        if any(s.num_kept for s in summaries):  # else the axis has no number to show
+            axes.set_yscale("log")
         shares.set(ylabel="diverged trials in % (bars)", ylim=(0, 100))
         shares.grid(visible=False)
         axes.set_zorder(shares.get_zorder() + 1)

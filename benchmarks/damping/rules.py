@@ -80,8 +80,8 @@ class RulesConfig:
             raise ConfigError("key 'kfac.damping' is not allowed: give 'dampings' and 'starts'.")
         for name, rule in self.rules.items():
             check_keys(rule.options, _options_of(rule.kind), f"rules.{name}.options")
-        if not self.dampings or any(not damping > 0 for damping in [*self.dampings, *self.starts]):
-            raise ConfigError(f"keys 'dampings' and 'starts' must hold numbers > 0, got {self.dampings}, {self.starts}.")
+        if not self.dampings or any(not 0 < damping < math.inf for damping in [*self.dampings, *self.starts]):
+            raise ConfigError(f"keys 'dampings' and 'starts' must hold finite numbers > 0, got {self.dampings}, {self.starts}.")
 
     @property
     def folder(self) -> Path:

@@ -6,102 +6,42 @@ all that workers on one or on many machines have in common.
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import text
 
-from benchmarks.common.config import ConfigError
 from benchmarks.common.search import SearchRange
+from benchmarks.common.storage import open_database, retry_callback
 from benchmarks.common.tasks import Task
 from benchmarks.damping.config import Setting, SweepConfig
 from benchmarks.damping.trial import TrialResult, train_trial
 
 RESULT = "result"  # user attribute with everything a trial came to
-MAX_RETRIES = 5
 POLL_SECONDS = 0.5
-OPEN_ATTEMPTS = 5
+NEVER_HEARD_OF = text(
+    "SELECT number FROM trials WHERE state = 'RUNNING'"
+    " AND study_id = (SELECT study_id FROM studies WHERE study_name = :study)"
+    " AND trial_id NOT IN (SELECT trial_id FROM trial_heartbeats)"
+)
 
 
 def open_storage(config: SweepConfig) -> BaseStorage:
-    """The storage of a sweep: a database with optuna's heartbeat, or a journal file.
-
-    Raises:
-        ConfigError: if the database cannot be reached; the message has the address without the password.
-    """
+    """The storage of a sweep: a database, below its folder where the config names none."""
     place = str(config.storage) if config.storage is not None else str(config.folder / "trials.sqlite3")
-    if place.endswith((".journal", ".log")):
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(place))
-    if "://" not in place:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        place = f"sqlite:///{Path(place).resolve()}"
-    options: dict[str, Any] = {"heartbeat_interval": config.heartbeat_seconds, "grace_period": config.grace_seconds}
-    retry, keyword = _retry_callback()
-    options[keyword] = retry
-    # Several processes write to one SQLite file: let them wait for each other instead of giving up.
-    engine = {"connect_args": {"timeout": 120}} if place.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempt in range(1, OPEN_ATTEMPTS + 1):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return _without_waiting_for_the_disk(RDBStorage(place, engine_kwargs=engine, **options))
-        except Exception as error:  # drivers raise their own kinds
-            if attempt == OPEN_ATTEMPTS:
-                raise ConfigError(
-                    f"key 'storage': the database '{_without_password(place)}' cannot be used "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]}). Give a URL like "
-                    "postgresql://user:password@host/database (its driver installed), or the path of a file."
-                ) from error
-            time.sleep(0.2 * attempt)  # two workers that start together both try to make the tables: one is told off
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _without_waiting_for_the_disk(storage: RDBStorage) -> RDBStorage:
-    """SQLite with a write-ahead log: a trial makes some fifteen commits, each of which else waits for the disk.
-
-    What was committed survives the death of any process; a power failure may cost the last trials, never the file.
-    """
-    if storage.engine.dialect.name == "sqlite":
-
-        def prepare(connection: Any, _: Any) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-
-        event.listen(storage.engine, "connect", prepare)
-        storage.engine.dispose()  # connections that are open already were not prepared
-    return storage
-
-
-def _retry_callback() -> tuple[Callable[..., None], str]:
-    """Optuna's callback that queues dead trials again, and the name of its argument (renamed in optuna 4.9)."""
-    current = "heartbeat_stale_trial_callback"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if current in inspect.signature(RDBStorage).parameters:
-            return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES), current
-        return optuna.storages.RetryFailedTrialCallback(max_retry=MAX_RETRIES), "failed_trial_callback"
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    credentials, at, place = rest.rpartition("@")
-    return f"{scheme}://{credentials.split(':')[0]}{at}{place}"
+    return open_database(place, config.heartbeat_seconds, config.grace_seconds)
 
 
 class NumberedSampler(BaseSampler):
@@ -169,7 +109,7 @@ class SettingStudy:
     """The study of one setting."""
 
     def __init__(self, config: SweepConfig, setting: Setting, storage: BaseStorage) -> None:
-        self.config, self.setting = config, setting
+        self.config, self.setting, self.storage = config, setting, storage
         sampler = NumberedSampler(config.seed, config.num_startup, parallel=config.workers > 1)
         self.study = optuna.create_study(
             study_name=config.study_name(setting), storage=storage, sampler=sampler, load_if_exists=True
@@ -188,16 +128,51 @@ class SettingStudy:
         return Counts(finished, len(self._running(trials)), waiting)
 
     def _running(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """Trials that may still finish: a worker that died before its first heartbeat never counts as dead for optuna."""
-        finished = [t for t in trials if t.state == TrialState.COMPLETE]
-        longest = max((t.duration.total_seconds() for t in finished[-20:] if t.duration is not None), default=math.inf)
-        patience = max(2.0 * self.config.grace_seconds, 20.0 * longest)
+        """Trials that may still finish."""
+        patience = self._patience(trials)
         return [t for t in trials if t.state == TrialState.RUNNING and _age(t) < patience]
 
+    def _patience(self, trials: list[FrozenTrial]) -> float:
+        """Seconds after which a trial that cannot be heard of counts as dead."""
+        finished = [t for t in trials if t.state == TrialState.COMPLETE]
+        longest = max((t.duration.total_seconds() for t in finished[-20:] if t.duration is not None), default=math.inf)
+        return max(2.0 * self.config.grace_seconds, 20.0 * longest)
+
+    def fail_dead(self) -> None:
+        """Queues the trials of dead workers again, also those that optuna keeps as running for ever.
+
+        Optuna sees a worker's death by its heartbeat. One that died before its first heartbeat, or whose storage has
+        none (a journal), is known by its age.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
+        trials = self.study.get_trials(deepcopy=False)
+        silent, patience = self._never_heard_of(), self._patience(trials)
+        for trial in trials:
+            if trial.state != TrialState.RUNNING or (silent is not None and trial.number not in silent):
+                continue
+            if _age(trial) >= (patience if silent is None else self.config.grace_seconds):
+                with contextlib.suppress(ValueError, UpdateFinishedTrialError):  # another worker was faster
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+                    retry_callback()[0](self.study, trial)
+
+    def _never_heard_of(self) -> set[int] | None:
+        """Numbers of running trials without a heartbeat; None where the storage knows no heartbeats."""
+        if not isinstance(self.storage, RDBStorage):
+            return None
+        with self.storage.engine.connect() as connection:
+            return {number for (number,) in connection.execute(NEVER_HEARD_OF, {"study": self.study.study_name})}
+
     def run_one(self, task: Task, on_trial: Callable[[Setting, TrialResult], None]) -> None:
-        """Asks for one trial, runs it and records it. Trials beyond the budget are given back unrun."""
+        """Asks for one trial, runs it and records it. Trials beyond the budget are given back unrun.
+
+        A process that was stopped for longer than the grace period has lost its trial: another one repeats it.
+        """
+        lost = False
 
         def objective(trial: optuna.Trial) -> float:
+            nonlocal lost
             trials = self.study.get_trials(deepcopy=False)
             busy = [*self._running(trials), *(t for t in trials if t.state == TrialState.COMPLETE)]
             if sum(1 for t in busy if t.number < trial.number) >= self.config.num_trials:
@@ -205,7 +180,11 @@ class SettingStudy:
             values = suggest(trial, self.config.ranges(self.setting))
             seed = self.config.training_seed + place_of(self.study, trial.number)
             result = train_trial(self.config, task, self.setting, values, seed)
-            trial.set_user_attr(RESULT, {**result.to_dict(), "training_seed": seed})
+            try:
+                trial.set_user_attr(RESULT, {**result.to_dict(), "training_seed": seed})
+            except UpdateFinishedTrialError as error:
+                lost = True
+                raise SurplusTrial(f"trial {trial.number} was given to another worker") from error
             on_trial(self.setting, result)
             worst = self.config.divergence_factor * result.initial_loss
             return min(result.final_loss, worst) if math.isfinite(result.final_loss) else worst
@@ -213,11 +192,15 @@ class SettingStudy:
         # optimize, not ask and tell: it sends the heartbeat, and queues dead trials again.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.optimize(objective, n_trials=1, catch=(SurplusTrial,))
+            try:
+                self.study.optimize(objective, n_trials=1, catch=(SurplusTrial,))
+            except ValueError:  # optuna's, at telling the outcome of a trial that is closed
+                if not lost:
+                    raise
 
 
 class SurplusTrial(Exception):
-    """Another worker has taken the last trial of the budget."""
+    """Another worker has taken this trial, or the last one of the budget."""
 
 
 def suggest(trial: optuna.Trial, ranges: dict[str, SearchRange]) -> dict[str, float]:
@@ -269,28 +252,21 @@ def work(
         elif any(c.finished < config.num_trials for c in counts):
             time.sleep(POLL_SECONDS)  # others are at the last trials; if they die, one of us takes over
             for study in studies:
-                _fail_stale(study.study)
+                study.fail_dead()
         else:
+            _await_dead(config, studies)  # no trial is left as running
             return
 
 
 def _await_dead(config: SweepConfig, studies: list[SettingStudy]) -> None:
-    """Waits until trials that an earlier run left behind count as dead, so that they are repeated first.
+    """Waits until trials that an earlier run left behind count as dead.
 
-    With one worker the search then goes on exactly as it would have gone on.
+    At the start of a lone worker: they are repeated first, and the search goes on exactly as it would have gone on.
     """
-    if not any(c.running for c in (study.counts() for study in studies)):
-        return
     deadline = time.monotonic() + config.grace_seconds + 2 * POLL_SECONDS
-    while time.monotonic() < deadline:
+    while True:
         for study in studies:
-            _fail_stale(study.study)
-        if not any(study.counts().running for study in studies):
+            study.fail_dead()
+        if not any(study.counts().running for study in studies) or time.monotonic() > deadline:
             return
         time.sleep(POLL_SECONDS)
-
-
-def _fail_stale(study: optuna.Study) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)

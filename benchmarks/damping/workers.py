@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.common.command import WorkerError, exit_with_parent, plain_errors
 from benchmarks.common.progress import Progress, progress
 from benchmarks.damping.config import Setting, SweepConfig
 from benchmarks.damping.study import SettingStudy, open_studies, work
@@ -34,7 +35,7 @@ def run_sweep(config: SweepConfig) -> Progressed:
     """Runs what is missing of a sweep; returns at once when nothing is.
 
     Raises:
-        RuntimeError: when a worker ended with an error.
+        WorkerError: when a worker ended with an error.
     """
     studies = open_studies(config)
     total = config.num_trials * len(studies)
@@ -72,7 +73,7 @@ def _run_processes(config: SweepConfig, studies: list[SettingStudy], display: Pr
     try:
         context = multiprocessing.get_context("spawn")
         workers = [
-            context.Process(target=work, args=(config, device_of(config, number)), name=f"worker {number}")
+            context.Process(target=_work_process, args=(config, device_of(config, number)), name=f"worker {number}")
             for number in range(config.workers)
         ]
         for worker in workers:
@@ -94,7 +95,14 @@ def _run_processes(config: SweepConfig, studies: list[SettingStudy], display: Pr
         worker.join()
     failed = [worker.name for worker in workers if worker.exitcode not in (0, None)]
     if failed and _finished(studies, config) < config.num_trials * len(studies):
-        raise RuntimeError(
-            f"damping_sweep: {', '.join(failed)} ended with an error (see above). The finished trials are kept; the "
-            "same command goes on with the rest."
+        raise WorkerError(
+            f"{', '.join(failed)} ended with an error (see above). The finished trials are kept; the same command goes on "
+            "with the rest."
         )
+
+
+def _work_process(config: SweepConfig, device: str) -> None:
+    """One worker: it ends with its parent, and says in one line what its user can mend."""
+    exit_with_parent()
+    with plain_errors(multiprocessing.current_process().name):
+        work(config, device)

@@ -79,9 +79,9 @@ def test_missing_data_without_network_says_where_it_looked(monkeypatch: pytest.M
             raise URLError("no network") if download else RuntimeError("Dataset not found.")
 
     monkeypatch.setattr(datasets, "MNIST", Offline)
-    with pytest.raises(RuntimeError, match=r"'mnist' is not below .* could not be downloaded.*--data-root"):
+    with pytest.raises(ConfigError, match=r"'mnist' is not below .* could not be downloaded.*--data-root"):
         load_data(DataConfig("mnist"), tmp_path)
-    with pytest.raises(RuntimeError, match=r"Tiny Shakespeare was not found: no file .*input\.txt.*--data-root"):
+    with pytest.raises(ConfigError, match=r"Tiny Shakespeare was not found: no file .*input\.txt.*--data-root"):
         load_data(DataConfig("shakespeare"), tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_text_windows_are_shifted_by_one_token(tmp_path: Path):
     assert data.train_inputs.shape[1] == 16
     assert torch.equal(data.train_inputs[:, 1:], data.train_targets[:, :-1])
     assert data.train_inputs[1, 0] == 8  # windows start at every half context
-    with pytest.raises(ValueError, match="context must be below the number of tokens"):
+    with pytest.raises(ValueError, match=r"key 'data\.context' must be below the number of tokens"):
         load_data(DataConfig("shakespeare", context=500), tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_unknown_models_and_arguments_are_named():
         build_model({"name": "lstm"}, seed=0)
     with pytest.raises(ConfigError, match=r"unknown key 'model\.widht'; allowed: .*Did you mean 'width'"):
         build_model({"name": "small_cnn", "widht": 3}, seed=0)
-    with pytest.raises(ValueError, match="width must be a multiple of num_heads"):
+    with pytest.raises(ValueError, match=r"width' must be a multiple of num_heads 4, got 10"):
         build_model({"name": "gpt", "width": 10, "num_heads": 4}, seed=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -15,19 +16,25 @@ import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import torch
 from optuna.trial import TrialState
 
 from benchmarks import damping_sweep
+from benchmarks.common import storage
+from benchmarks.common.command import WorkerError
 from benchmarks.common.config import ConfigError, load_config
 from benchmarks.common.search import SearchRange
+from benchmarks.common.storage import retry_callback
 from benchmarks.common.tasks import Task
 from benchmarks.damping import study as study_module
+from benchmarks.damping import workers as workers_module
 from benchmarks.damping.config import HistogramConfig, OptimizerSettings, Setting, SweepConfig
 from benchmarks.damping.results import COLUMNS, keep_best, load_rows, measure_speed, summarize
 from benchmarks.damping.spectra import factored_extremes
@@ -192,6 +199,17 @@ def test_diverged_trials_are_counted_and_kept_out_of_the_mean(tmp_path: Path):
     assert "4 (100 %)" in report.section.tables[0].rows[0]
 
 
+@pytest.mark.parametrize("dampings", [[1.0], [1e-2, 1.0, 1e2]])
+def test_a_sweep_of_one_trial_that_diverges_has_a_page(tmp_path: Path, dampings: list[float]):
+    fixed = {"damping_scale": "absolute", "kl_clip": None, "max_relative_update": None}
+    content = {**TINY, "num_trials": 1, "num_kept": 1, "dampings": dampings, "task": {**TINY["task"], "steps": 4}}
+    content["search"] = {**TINY["search"], "lr": {"low": 1e5, "high": 1e6}}
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({**content, "optimizers": {"sgd": {}, "kfac": {"fixed": fixed}}}))
+    page = damping_sweep.main(["--config", str(path), "--out", str(tmp_path)])
+    assert page.read_text().count("1 (100 %)") == 1 + len(dampings)
+
+
 def test_a_bug_in_training_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(*_):
         raise RuntimeError("a bug")
@@ -279,6 +297,42 @@ def test_a_trial_whose_worker_died_before_its_first_heartbeat_takes_no_place_in_
     assert all(len(study.finished()) == config.num_trials for study in open_studies(config))
 
 
+@pytest.mark.parametrize("storage", [None, "sweep.journal"], ids=["database", "journal"])
+def test_no_trial_of_a_dead_worker_is_left_as_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str | None):
+    """Not even one beyond the budget, of a worker that died before its first heartbeat."""
+    config = tiny(tmp_path, dampings=[1.0], num_spectra=0, storage=storage and str(tmp_path / storage))
+    run_sweep(config)
+    abandoned = {study.setting.key: study.study.ask().number for study in open_studies(config)}
+    monkeypatch.setattr(study_module, "_age", lambda trial: math.inf)
+    assert run_sweep(config).trials == 0
+    for key, trials in trials_of(config).items():
+        assert trials[abandoned[key]].state == TrialState.FAIL
+        assert [t.state for t in trials].count(TrialState.RUNNING) == 0
+        assert [t.system_attrs.get("failed_trial") for t in trials if t.state == TrialState.WAITING] == [abandoned[key]]
+
+
+def test_a_worker_that_was_stopped_too_long_loses_its_trial_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny(tmp_path, dampings=[1.0], num_spectra=0, optimizers={"sgd": {}})
+    real, calls = study_module.train_trial, []
+
+    def stopped_once(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # meanwhile another worker has declared this trial dead and queued it again
+            (study,) = open_studies(config)
+            (running,) = [t for t in study.study.get_trials() if t.state == TrialState.RUNNING]
+            study.study.tell(running.number, state=TrialState.FAIL)
+            retry_callback()[0](study.study, running)
+        return real(*arguments)
+
+    monkeypatch.setattr(study_module, "train_trial", stopped_once)
+    assert run_sweep(config).trials == 4
+    assert len(calls) == 5
+    monkeypatch.undo()
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    run_sweep(whole)
+    assert outcome(config) == outcome(whole)
+
+
 def freeze_in_a_trial(config: SweepConfig, number: int, process: subprocess.Popen) -> None:
     """Stops the process when ``number`` trials have finished and another one is running."""
     deadline = time.monotonic() + 120
@@ -346,6 +400,43 @@ def test_two_workers_share_a_study_and_survive_the_death_of_one(tmp_path: Path):
         assert len(set(drawn)) == 4, "two workers ran the same trial"
 
 
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
+def test_workers_end_when_their_parent_alone_is_killed(tmp_path: Path):
+    parent = start(command(tmp_path, "--workers", "2", "--task.steps", "100000"))
+    workers: list[psutil.Process] = []
+    try:
+        freeze_in_a_trial(slow(tmp_path), 0, parent)
+        os.killpg(parent.pid, signal.SIGCONT)
+        workers = [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        parent.kill()
+        parent.wait()
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive
+    finally:
+        for process in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def test_an_error_of_a_worker_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers_module, "exit_with_parent", lambda: None)
+    config = tiny(tmp_path)
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, batch_size=5000))
+    with pytest.raises(SystemExit, match=r"MainProcess: key 'task.batch_size' must be at most .* examples 128, got 5000\."):
+        workers_module._work_process(config, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_sweep_whose_workers_all_ended_with_an_error_says_so(tmp_path: Path):
+    config = tiny(tmp_path, workers=2)
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, batch_size=5000))
+    with pytest.raises(WorkerError, match=r"worker 0, worker 1 ended with an error \(see above\)\. The finished trials are kept"):
+        run_sweep(config)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_several_workers_of_one_command_spend_the_budget_exactly(tmp_path: Path):
@@ -367,7 +458,6 @@ def test_a_journal_file_works_as_storage(tmp_path: Path):
 @pytest.fixture
 def postgres_url(tmp_path: Path):
     """A PostgreSQL server of its own; its programs may lie outside PATH."""
-    pytest.importorskip("psycopg2", reason="the driver psycopg2 is not installed")
     candidates = [shutil.which("initdb"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
     found = next((path for path in candidates if path), None)
     if found is None:
@@ -393,7 +483,7 @@ def postgres_url(tmp_path: Path):
     control = [programs / "pg_ctl", "-D", data, "-w"]
     subprocess.run([*control, "-l", folder / "log", "-o", options, "start"], **{**run, "capture_output": False})
     try:
-        yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
+        yield f"postgresql://tester:secret@127.0.0.1:{port}/postgres"
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], **run)
         if user:
@@ -421,13 +511,37 @@ def test_a_sweep_runs_in_postgresql_and_goes_on_after_a_worker_was_killed(tmp_pa
     assert all(trial in after[key] for key, trials in before.items() for trial in trials)
 
 
-def test_a_database_that_cannot_be_reached_is_named_without_its_password(tmp_path: Path):
-    pytest.importorskip("psycopg2")
-    config = tiny(tmp_path, storage="postgresql+psycopg2://me:secret@127.0.0.1:1/none")
-    with pytest.raises(ConfigError, match="key 'storage'") as caught:
-        open_storage(config)
-    assert "me@127.0.0.1:1/none" in str(caught.value)
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@127.0.0.1:1/none",
+        "postgresql://127.0.0.1:1/none?user=me&password=secret",
+        "postgresql://127.0.0.1:1/none?password=secret&secret=1",  # the driver repeats a parameter that it does not know
+        "nosuchdriver://me:secret@127.0.0.1:1/none",
+    ],
+)
+def test_a_database_that_cannot_be_reached_is_named_without_its_password(tmp_path: Path, monkeypatch, url: str):
+    monkeypatch.setattr(storage, "OPEN_ATTEMPTS", 1)
+    with pytest.raises(ConfigError, match=r"key 'storage': the database '.*127.0.0.1:1/none' cannot be used") as caught:
+        open_storage(tiny(tmp_path, storage=url))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "secret" not in shown.replace("secret=1", "")
+
+
+def test_a_url_that_cannot_be_read_is_not_repeated(tmp_path: Path):
+    url = "postgresql://me:secret@host:port/none"
+    with pytest.raises(ConfigError, match=r"the URL 'postgresql://…' cannot be read.*%40") as caught:
+        open_storage(tiny(tmp_path, storage=url))
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("installed", "driver"), [(("psycopg", "psycopg2"), "psycopg"), (("psycopg2",), "psycopg2"), ((), "psycopg")]
+)
+def test_a_postgresql_url_takes_the_driver_that_is_installed(monkeypatch, installed: tuple[str, ...], driver: str):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert storage.database_url("postgresql://me@host/trials").drivername == f"postgresql+{driver}"
+    assert storage.database_url("postgresql+pg8000://me@host/trials").drivername == "postgresql+pg8000"
 
 
 # -- configs ----------------------------------------------------------------------------------------------------
@@ -447,12 +561,13 @@ def test_every_config_is_valid_and_holds_the_search_the_study_asks_for(path: Pat
     ("key", "value", "message"),
     [
         ("num_trails", 3, "unknown key 'num_trails'.*Did you mean 'num_trials'"),
-        ("dampings", [0.0], "key 'dampings' must hold numbers > 0, got 0"),
+        ("dampings", [0.0], "key 'dampings' must hold finite numbers > 0, got 0"),
+        ("dampings", [math.inf], "key 'dampings' must hold finite numbers > 0, got inf"),
         ("dampings", [1.0, 1.0], "different numbers"),
         ("num_kept", 5, r"num_kept must be at most num_trials \(4\), got 5"),
         ("num_trials", 0, "num_trials must be >= 1, got 0"),
         ("grace_seconds", 1, "grace_seconds must be above heartbeat_seconds, got 1 and 1"),
-        ("divergence_factor", 1.0, "divergence_factor must be > 1"),
+        ("divergence_factor", 1.0, "divergence_factor must be a finite number > 1, got 1.0"),
         ("optimizers", {"sgd": {}, "kfak": {}}, "unknown optimizer 'kfak'; allowed: .*kfac"),
         ("optimizers", {}, "key 'optimizers' must name at least one"),
         ("without_damping", [], "key 'without_damping' must name 'sgd', which has no damping"),
@@ -460,6 +575,12 @@ def test_every_config_is_valid_and_holds_the_search_the_study_asks_for(path: Pat
         ("search", {"lr": {"low": 0.1, "high": 1.0}}, "key 'search.lr_decay' is missing"),
         ("search", {**TINY["search"], "beta": {"low": 0.1, "high": 1.0}}, "unknown key 'search.beta'"),
         ("histogram", {"interval": 0}, "histogram: interval must be >= 1, got 0"),
+        ("name", "../elsewhere", r"key 'name' must be letters.*it names a folder below 'out', got '\.\./elsewhere'"),
+        ("name", "/tmp/elsewhere", "key 'name' must be letters.*got '/tmp/elsewhere'"),
+        ("name", "..", r"key 'name' must be letters.*got '\.\.'"),
+        ("name", "", "key 'name' must be letters.*got ''"),
+        ("task", {**TINY["task"], "model": {"name": "deep_linear", "width": 0}}, "key 'model.width' must be .* >= 1, got 0"),
+        ("search", {**TINY["search"], "lr": {"low": 0.1, "high": math.inf}}, "search.lr: a search range needs finite low < high"),
         ("histogram", {"low": 3.0, "high": 2.0}, "need low < high"),
     ],
 )

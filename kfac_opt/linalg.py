@@ -29,6 +29,11 @@ class FactorizationError(RuntimeError):
     """A damped factor could not be inverted by any rung of the ladder."""
 
 
+def negligible(dtype: torch.dtype) -> float:
+    """Mean eigenvalues up to this one count as zero: inverses of such factors leave the range of the dtype (1e-34 in float32)."""
+    return 2.0**13 * torch.finfo(dtype).tiny
+
+
 def mean_diagonal(factor: Tensor) -> Tensor:
     """Mean eigenvalue ``tr X / dim X`` of ``[..., n, n]`` matrices, shape ``[...]``."""
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -135,7 +140,9 @@ def _cholesky_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         failed = torch.stack([invert_lower_(matrix) for matrix in damped])
         return stacked([mirror_lower_(matrix) for matrix in damped]), failed
     triangle, info = torch.linalg.cholesky_ex(damped)
-    failed = (info != 0) | ~torch.isfinite(triangle.diagonal(dim1=-2, dim2=-1).sum(-1))
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+    failed = (info != 0) | ~torch.isfinite(diagonal.sum(-1))
+    diagonal.masked_fill_(diagonal == 0, 1.0)  # of a matrix that failed: cholesky_inverse raises for it, instead of the ladder
     if triangle.shape[0] == 1 or triangle.device.type == "cpu":
         # The batched kernel of cholesky_inverse solves against the identity; for one matrix LAPACK's potri
         # needs half of the operations.
@@ -183,11 +190,12 @@ def pi_correction(input_mean: Tensor, output_mean: Tensor) -> Tensor:
         input_mean, output_mean: mean eigenvalues of the two factors, any common shape.
 
     Returns:
-        The same shape; 1 where either trace is zero, since there is nothing to balance.
+        The same shape; 1 where either trace is zero or too small to be inverted, since there is nothing to balance.
     """
-    usable = (input_mean > 0) & (output_mean > 0)
-    ratio = torch.where(usable, input_mean, 1.0) / torch.where(usable, output_mean, 1.0)
-    return ratio.sqrt()
+    least = negligible(input_mean.dtype)
+    usable = (input_mean > least) & (output_mean > least)
+    # Roots before the quotient, which may leave the range that its root is in.
+    return torch.where(usable, input_mean, 1.0).sqrt() / torch.where(usable, output_mean, 1.0).sqrt()
 
 
 def split_damped(eigenvalues: Tensor, gamma: Tensor) -> Tensor:
@@ -204,6 +212,7 @@ def split_damped(eigenvalues: Tensor, gamma: Tensor) -> Tensor:
     rows, columns = eigenvalues.mean(-1, keepdim=True), eigenvalues.mean(-2, keepdim=True)
     mean = rows.mean(-2, keepdim=True)
     share = torch.where(mean > 0, gamma / torch.where(mean > 0, mean, 1.0), 0.0).sqrt()
+    share = torch.where(torch.isfinite(share), share, 0.0)  # curvature that is nothing beside the damping
     return eigenvalues + (share * rows + gamma) + share * columns
 
 

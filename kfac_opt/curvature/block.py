@@ -13,6 +13,7 @@ from kfac_opt.curvature.edges import ViewOfBase
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.spectral import SpectralForm, dense_of_groups
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing
+from kfac_opt.linalg import negligible
 
 State = dict[str, Tensor]
 
@@ -218,3 +219,9 @@ def average_weight(state: State, decay: float, name: str = "weight") -> None:
     state[name].mul_(decay).add_(1.0 - decay)
     if name == "weight":
         state["estimates"] += 1
+
+
+def track_scale(state: State, scale: Tensor) -> None:
+    """``τ`` of the block and the largest so far; a scale whose inverse the dtype cannot hold is zero, as without curvature."""
+    state["scale"].copy_(torch.where(scale > negligible(scale.dtype), scale, 0.0))
+    torch.maximum(state["scale_max"], state["scale"], out=state["scale_max"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight
-from kfac_opt.curvature.spectral import SpectralForm, divided, two_by_two
+from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight, track_scale
+from kfac_opt.curvature.spectral import SpectralForm, damped_two_by_two_solve, divided, two_by_two
 from kfac_opt.layers.norm import NormAdapter
 
 
@@ -36,7 +36,7 @@ class DiagonalBlock(CurvatureBlock):
             return
         average_into(state["diagonal"], statistics.sums["square"], decay, num_terms)
         average_weight(state, decay)
-        _track_scale(state, self.diagonal(state).mean(), self.layout.numel)
+        track_scale(state, self.diagonal(state).mean() * self.layout.numel**0.5)
 
     def diagonal(self, state: State) -> Tensor:
         """The averaged diagonal, in the shape of the parameter."""
@@ -77,7 +77,7 @@ class NormBlock(CurvatureBlock):
             return
         average_into(state["moment"], statistics.sums["moment"], decay, num_terms)
         average_weight(state, decay)
-        _track_scale(state, self.moment(state).diagonal(dim1=-2, dim2=-1).mean(), self.layout.numel)
+        track_scale(state, self.moment(state).diagonal(dim1=-2, dim2=-1).mean() * self.layout.numel**0.5)
 
     def moment(self, state: State) -> Tensor:
         """The averaged blocks ``[channels, columns, columns]``."""
@@ -89,11 +89,7 @@ class NormBlock(CurvatureBlock):
             return divided(matrix, block + gamma, damping.power)
         if damping.power != 1.0:
             return self.spectral_form(state).solve(matrix, gamma, damping.power)
-        a, b, d = block[:, 0, 0] + gamma, block[:, 0, 1], block[:, 1, 1] + gamma
-        scale, shift = matrix[:, 0, 0], matrix[:, 0, 1]
-        determinant = a * d - b * b
-        solved = torch.stack([(d * scale - b * shift) / determinant, (a * shift - b * scale) / determinant], dim=-1)
-        return solved.unsqueeze(1)
+        return damped_two_by_two_solve(block, gamma, matrix.squeeze(1)).unsqueeze(1)
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         block = self.moment(state)
@@ -101,9 +97,3 @@ class NormBlock(CurvatureBlock):
             return SpectralForm(None, None, block)
         values, basis = two_by_two(block)
         return SpectralForm(None, basis, values.unsqueeze(1))
-
-
-def _track_scale(state: State, mean: Tensor, size: int) -> None:
-    """``τ``: the mean of the block's diagonal times the square root of its size, and the largest so far."""
-    state["scale"].copy_(mean * size**0.5)
-    torch.maximum(state["scale_max"], state["scale"], out=state["scale_max"])

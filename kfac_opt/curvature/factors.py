@@ -7,7 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from kfac_opt.curvature.block import Call, CurvatureBlock, LateSum, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.block import (
+    Call,
+    CurvatureBlock,
+    LateSum,
+    State,
+    Statistics,
+    average_into,
+    average_weight,
+    track_scale,
+)
 from kfac_opt.curvature.sides import Side
 from kfac_opt.layers import LayerAdapter, WeightSharing
 from kfac_opt.linalg import pack_triangle
@@ -103,8 +112,7 @@ class FactorBlock(CurvatureBlock):
         weight = float(state["weight"])
         means = [side.diagonal(state[f"{name}_factor"]).mean(-1) / weight for name, side in self.sides.items()]
         size = self.dims["input"] * self.dims["output"]
-        state["scale"].copy_((means[0] * means[1]).mean() * size**0.5)
-        torch.maximum(state["scale_max"], state["scale"], out=state["scale_max"])
+        track_scale(state, (means[0] * means[1]).mean() * size**0.5)
 
     def factor(self, state: State, side: str) -> Tensor:
         """The averaged factor ``[groups, n, n]``, or its diagonal ``[groups, n]``."""

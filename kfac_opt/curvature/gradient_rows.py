@@ -8,6 +8,7 @@ products with the inverses cost less before the outer product than after it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -139,6 +140,8 @@ def match_rows(matrix: Tensor, inputs: Tensor, outputs: Tensor) -> float | None:
     if not 0.0 < size < float("inf"):
         return None
     scale = float(found @ expected) / size
+    if not math.isfinite(scale):
+        return None
     largest = outputs.abs().mT @ (inputs.abs() @ probe.abs())
     allowed = ROUNDING * torch.finfo(matrix.dtype).eps * abs(scale) * largest
     return scale if bool(((found - scale * expected).abs() <= allowed).all()) else None

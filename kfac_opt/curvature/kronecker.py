@@ -13,7 +13,7 @@ from kfac_opt.curvature.factors import SIDES, FactorBlock
 from kfac_opt.curvature.gradient_rows import outer, rows_that_pay
 from kfac_opt.curvature.spectral import SpectralForm, divided
 from kfac_opt.layers import LayerAdapter, WeightSharing
-from kfac_opt.linalg import FactorizationError, pi_correction, split_damped
+from kfac_opt.linalg import FactorizationError, negligible, pi_correction, split_damped
 
 DampingStyle = Literal["factored", "exact", "split"]
 MAX_FAILURES = 3
@@ -183,7 +183,8 @@ class KroneckerBlock(FactorBlock):
         splits = self._splits(means, gamma)
         # A side without any curvature makes the whole block zero: the direction is V / γ, and the other side's
         # factor must not shrink it (a saturated softmax has G = 0 and a gradient).
-        curved = (means["input"] > 0) & (means["output"] > 0)
+        least = negligible(self.dtype)
+        curved = (means["input"] > least) & (means["output"] > least)
         return torch.full_like(gamma, weight).where(curved, torch.inf), splits
 
     def _bases(self, given: State) -> Refreshed:

@@ -94,5 +94,21 @@ def two_by_two(block: Tensor) -> tuple[Tensor, Tensor]:
     mean, radius = (a + d) / 2, torch.hypot((a - d) / 2, b)
     large = mean + radius
     # det / large instead of mean - radius: no cancellation for nearly singular blocks.
-    small = torch.where(large > 0, (a * d - b * b) / torch.where(large > 0, large, 1.0), 0.0)
+    divisor = torch.where(large > 0, large, 1.0)  # before the products, which vanish for small blocks
+    small = (a / divisor) * d - (b / divisor) * b
     return torch.stack([large, small.clamp_min(0.0)], -1), basis
+
+
+def damped_two_by_two_solve(block: Tensor, damping: Tensor, vectors: Tensor) -> Tensor:
+    """``(B + γ I)⁻¹ v`` for positive semi-definite ``B [..., 2, 2]``, 0-dim ``γ > 0`` and ``v [..., 2]``.
+
+    Everything is divided by the larger entry of the damped diagonal first: products of small entries vanish, those of
+    large ones overflow. The determinant is at least what the damping makes it, whatever rounding does to that of ``B``.
+    """
+    a, b, d = block[..., 0, 0], block[..., 0, 1], block[..., 1, 1]
+    size = torch.maximum(a, d) + damping
+    a, b, d, gamma = a / size, b / size, d / size, damping / size
+    determinant = (a * d - b * b).clamp_min(0.0) + gamma * (a + d + gamma)
+    first, second = vectors[..., 0] / size, vectors[..., 1] / size
+    solved = [((d + gamma) * first - b * second) / determinant, ((a + gamma) * second - b * first) / determinant]
+    return torch.stack(solved, dim=-1)

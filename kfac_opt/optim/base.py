@@ -18,6 +18,7 @@ from kfac_opt.curvature.precision import full_precision
 from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.layers import MatrixLayout
 from kfac_opt.optim import options as checks
+from kfac_opt.optim.safety import cast_to_parameters, replace_unsafe_
 from kfac_opt.optim.saved import SavedOptimizer
 from kfac_opt.optim.tracking import TrackedBlock, describe_apart, describe_unused
 from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
@@ -30,6 +31,7 @@ class CurvatureOptimizer(SavedOptimizer):
     """
 
     _broken_off = False  # a step that took the passes was left by an exception
+    _replaced_directions: int | Tensor = 0
     _trust_region_scales: dict[int, float | Tensor] = {}  # noqa: RUF012 - replaced, never written to
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -75,6 +77,11 @@ class CurvatureOptimizer(SavedOptimizer):
         """
         return {number: torch.as_tensor(scale) for number, scale in self._trust_region_scales.items()}
 
+    @property
+    def replaced_directions(self) -> int:
+        """How often a block's direction was not finite and its plain gradient took its place, since construction."""
+        return int(self._replaced_directions)
+
     def _refuse_step(self) -> None:
         """Raises where a subclass cannot take a step just now."""
         return
@@ -99,7 +106,8 @@ class CurvatureOptimizer(SavedOptimizer):
             self._advance_curvature()
             for number, group in enumerate(self.param_groups):
                 found = self._directions(number, group, raw=True)
-                for parameter, direction in zip(found.parameters, found.directions):
+                directions = cast_to_parameters(found.directions, found.parameters, 0.0)
+                for parameter, direction in zip(found.parameters, directions):
                     assert parameter.grad is not None
                     self._written.append((weakref.ref(parameter.grad), parameter.grad._version + 1))
                     parameter.grad.copy_(direction)
@@ -236,7 +244,7 @@ class CurvatureOptimizer(SavedOptimizer):
         return gradient
 
     def _directions(self, number: int, group: dict[str, Any], *, raw: bool = False) -> Directions:
-        """Preconditioned directions of one group, and what the trust region needs to know of them."""
+        """Preconditioned directions of one group in the dtypes of their blocks, and what the trust region needs to know."""
         found = Directions()
         covered: set[int] = set()
         for name, tracked in self._tracked.items():
@@ -254,7 +262,8 @@ class CurvatureOptimizer(SavedOptimizer):
             if gradient is not None:
                 if group["curvature"] != "identity" and gradient is parameter.grad:
                     gradient = gradient.clone()  # directions are scaled in place, the user's gradients are not
-                found.add(parameter, gradient, found.num_blocks - 1)
+                found.add(parameter, gradient, gradient, found.num_blocks - 1)
+        self._replaced_directions = self._replaced_directions + replace_unsafe_(found)
         return found
 
     def _name_of(self, parameter: Tensor) -> str:
@@ -278,7 +287,7 @@ class CurvatureOptimizer(SavedOptimizer):
         found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), _num_outputs(layout))
         for parameter, gradient, part in zip(tracked.parameters, gradients, layout.from_matrix(direction)):
             if gradient is not None and part is not None:
-                found.add(parameter, part.to(parameter.dtype), found.num_blocks - 1)
+                found.add(parameter, part, gradient, found.num_blocks - 1)
 
     def _rows_of(self, tracked: TrackedBlock, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
         """Inputs and output gradients whose product this gradient is, if they were kept and it is."""
@@ -305,6 +314,8 @@ class CurvatureOptimizer(SavedOptimizer):
             self._trust_region_scales[number] = scale
             multiply_(updates, scale, foreach=foreach)
         updates = self._before_momentum(group, found.parameters, updates, lr)
+        # Shortened before they are cast: half precision does not hold a direction as it comes.
+        updates = cast_to_parameters(updates, found.parameters, self._momentum(group))
         if float(group["momentum"]) > 0.0:
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in found.parameters]
             updates = momentum_(

@@ -21,13 +21,15 @@ class Directions:
     """Preconditioned directions of one parameter group.
 
     Attributes:
-        parameters, directions, blocks: aligned; ``blocks`` numbers the block each parameter belongs to.
+        parameters, directions, gradients, blocks: aligned; ``blocks`` numbers the block each parameter belongs to,
+            ``gradients`` are those that were preconditioned.
         products: ``<V, d>`` of each block.
         out_dims: output size of each block.
     """
 
     parameters: list[Tensor] = field(default_factory=list)
     directions: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     products: list[Tensor] = field(default_factory=list)
     out_dims: list[int] = field(default_factory=list)
@@ -40,9 +42,10 @@ class Directions:
         self.products.append(product)
         self.out_dims.append(out_dim)
 
-    def add(self, parameter: Tensor, direction: Tensor, block: int) -> None:
+    def add(self, parameter: Tensor, direction: Tensor, gradient: Tensor, block: int) -> None:
         self.parameters.append(parameter)
         self.directions.append(direction)
+        self.gradients.append(gradient)
         self.blocks.append(block)
 
 
@@ -139,8 +142,8 @@ def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_rela
     if on_host(updates):
         return _bounds_on_host(updates, found, lr, max_relative_update)
     device = updates[0].device
-    index = _on_device(tuple(found.blocks), torch.int64, device)
-    squares = gathered(torch._foreach_norm([*updates, *found.parameters])).square().unflatten(0, (2, len(updates)))
+    squares = gathered(_norms([*updates, *found.parameters])).square().unflatten(0, (2, len(updates)))
+    index = block_index(found, device)
     total = squares.new_zeros(2, found.num_blocks).index_add_(1, index, squares).sqrt()
     floor = RELATIVE_FLOOR * _on_device(tuple(found.out_dims), squares.dtype, device).sqrt()
     allowed = max_relative_update * torch.maximum(total[1], floor)
@@ -165,9 +168,21 @@ def _block_norms(tensors: list[Tensor], found: Directions) -> list[float]:
     """Norm of each block's tensors together."""
     squares = [0.0] * found.num_blocks
     whole = [tensor.contiguous() for tensor in tensors]  # the norm of a slice of rows takes seven times as long
-    for block, norm in zip(found.blocks, gathered(torch._foreach_norm(whole)).tolist()):
+    for block, norm in zip(found.blocks, gathered(_norms(whole)).tolist()):
         squares[block] += norm * norm
     return [math.sqrt(square) for square in squares]
+
+
+def _norms(tensors: list[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
+    """Norm of each tensor, in single precision or better: that of half precision entries overflows in their dtype."""
+    if all(tensor.dtype != torch.float16 for tensor in tensors):
+        return torch._foreach_norm(tensors)
+    return [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def block_index(found: Directions, device: torch.device) -> Tensor:
+    """``found.blocks`` on the device."""
+    return _on_device(tuple(found.blocks), torch.int64, device)
 
 
 @lru_cache(maxsize=256)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from kfac_opt.curvature.backward import gradients_at, read_gradients
+from kfac_opt.curvature.backward import read_gradients
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.edges import output_edge
 from kfac_opt.curvature.hooks import WeakHook, active_calls, is_transformed
-from kfac_opt.curvature.passes import Pass, Pending
+from kfac_opt.curvature.passes import Pass, Pending, Seen
 from kfac_opt.curvature.precision import full_precision
-from kfac_opt.curvature.proof import verdicts
+from kfac_opt.curvature.proof import Evidence, verdicts
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.curvature.watch import LossWatch
 from kfac_opt.layers import has_own_forward
@@ -31,6 +31,8 @@ from kfac_opt.outputs import pick_logits
 ONE_BY_ONE_BYTES = 2**24  # of output gradients: from here on they are not held all at once
 
 FisherKind = Literal["mc", "exact", "empirical"]
+Foreign = Literal["forward", "uses", "tensors"]
+"""Why a layer is not the map of its adapter: a forward of its own, other uses of its weight, tensors without rows."""
 
 
 class Tracked(Protocol):
@@ -42,6 +44,8 @@ class Tracked(Protocol):
     def block(self) -> CurvatureBlock: ...
     @property
     def weight(self) -> nn.Parameter: ...
+    @property
+    def bias(self) -> nn.Parameter | None: ...
     @property
     def module(self) -> nn.Module | None: ...
 
@@ -82,8 +86,9 @@ class Collector:
         self.sample_ranks = 1  # ranks among which the passes of a step are divided
         self.hidden: set[str] = set()  # layers that ran with gradients disabled inside a pass with gradients
         self.fired: set[str] = set()  # layers whose hook ever ran
-        self.proven: set[str] = set()  # layers with a forward of their own that are what their adapter says
-        self.foreign: set[str] = set()  # those that are not
+        self.proven: set[str] = set()  # layers that are what their adapter says
+        self.foreign: dict[str, Foreign] = {}  # those that are not, and why
+        self._told: set[str] = set()  # proven since the last step
         self._unproven: set[str] = set()
         self._due: Mapping[str, Tracked] = {}
         self._states: Mapping[str, State | None] = {}
@@ -103,11 +108,7 @@ class Collector:
         """Hooks the layers that are due. ``states``: bases in force, or None where examples wait for a new one."""
         self.detach()
         self._due, self._states = due, states
-        self._unproven = {
-            name
-            for name, tracked in due.items()
-            if tracked.module is not None and name not in self.proven and has_own_forward(tracked.module)
-        }
+        self._unproven = {name for name, tracked in due.items() if name not in self.proven and _provable(tracked)}
         for name, tracked in due.items():
             if tracked.module is not None:  # before the root's: a model that is itself a layer
                 # In front of the user's hooks, which may replace the output.
@@ -153,6 +154,9 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(out, Tensor) or not isinstance(x, Tensor) or not out.requires_grad:
             return
+        if _irregular(x) or _irregular(out):
+            self._refuse(current, name, "tensors")
+            return
         block = self._due[name].block
         assert block.adapter is not None
         if out.numel() == 0 or x.numel() == 0:
@@ -168,7 +172,11 @@ class Collector:
         current.edges.setdefault(name, []).append(edge)
         current.output_bytes += out.numel() * out.element_size()
         self._on_call(current, name, edge)
-        if self.outputs is None and name not in self._unproven:
+        if name in self._unproven:
+            current.inputs.setdefault(name, []).append(Seen.of(x))
+            if has_own_forward(module):
+                current.held.add(name)
+        if self.outputs is None and name not in current.held:
             # No mask can come with the outputs: take the moment now, so that checkpointing can free the input.
             self._take_input(current, name, call)
 
@@ -212,40 +220,54 @@ class Collector:
         if not bool(torch.isfinite(logits.detach()).all()):
             self.dropped += 1
             return
-        if self._unproven:
-            self._prove(current, logits)
         if self.outputs is not None:
             for name, calls in current.calls.items():
                 for call in calls:
                     call.keep = self._rows_kept(mask, call.positions)
-                    self._take_input(current, name, call)
+                    if name not in current.held:
+                        self._take_input(current, name, call)
         self._watch.attach(logits)
         self._collect(current, logits, mask)
 
-    def _prove(self, current: Pass, logits: Tensor) -> None:
-        """Holds layers with a forward of their own against their adapters; what is none of their maps leaves the pass."""
-        names = [name for name in current.calls if name in self._unproven]
-        tried = [name for name in names if self._due[name].weight.requires_grad]
-        if tried:
-            labels = self.likelihood.sample_gradients(logits.detach(), self.make_generator(self._pass_index, logits.device))
-            targets: Any = [edge for name in tried for edge in current.edges[name]]
-            targets += [self._due[name].weight for name in tried]
-            with full_precision(logits.device), self._naming_hidden():
-                found = gradients_at(logits, targets, labels)
-                adapters = {name: self._due[name].block.adapter for name in tried}
-                for name, verdict in verdicts(adapters, current.calls, found).items():
-                    (self.proven if verdict else self.foreign).add(name)
-            for gradients in current.gradients.values():  # those of this backward are not the user's
-                gradients[:] = [None] * len(gradients)
-        for name in names:
-            if name in self.foreign:
-                self.fired.discard(name)
-                for part in (current.calls, current.edges, current.gradients, current.statistics):
-                    part.pop(name, None)  # type: ignore[attr-defined]
-            elif self.outputs is None:
-                for call in current.calls[name]:
-                    self._take_input(current, name, call)
-        self._unproven -= self.proven | self.foreign
+    def _own_parameters(self, name: str) -> list[nn.Parameter | None]:
+        """Weight and bias of a layer's block, None for one that is frozen."""
+        tracked = self._due[name]
+        return [p if p is not None and p.requires_grad else None for p in (tracked.weight, tracked.bias)]
+
+    def _to_prove(self, current: Pass) -> list[str]:
+        """Layers of this pass whose weight's gradient is to be held against what the hook saw."""
+        return [name for name in current.edges if name in current.inputs and self._due[name].weight.requires_grad]
+
+    def _note(self, evidence: dict[str, Evidence], current: Pass, name: str, gradients: list[Tensor | None]) -> None:
+        """Inputs and output gradients of a layer that has to be proven."""
+        if name not in current.inputs:
+            return
+        adapter = self._due[name].block.adapter
+        assert adapter is not None
+        seen = evidence[name] = Evidence(adapter)
+        for call, x, gradient in zip(current.calls[name], current.inputs.pop(name), gradients):
+            if gradient is not None:
+                seen.unusable |= not x.unchanged
+                seen.add(x.x, call.output_gradient(gradient))
+
+    def _judge(self, current: Pass, evidence: dict[str, Evidence], gradients: Mapping[str, list[Tensor | None]]) -> None:
+        """Layers that are none of their adapters' maps leave the pass; the others' inputs are taken if they waited."""
+        for name, right in verdicts(evidence, gradients).items():
+            if right:
+                self._told.add(name)
+            else:
+                own = name in current.held
+                self._refuse(current, name, "forward" if own else "uses")
+        for name in current.held & current.calls.keys() & self._due.keys():
+            for call in current.calls[name]:
+                self._take_input(current, name, call)
+        current.held.clear()
+
+    def _refuse(self, current: Pass, name: str, reason: Foreign) -> None:
+        """The layer is none of its adapter's maps: its block goes at the next step."""
+        self.foreign[name] = reason
+        for part in (current.calls, current.edges, current.gradients, current.statistics, current.inputs):
+            part.pop(name, None)  # type: ignore[attr-defined]
 
     def _on_call(self, current: Pass, name: str, edge: GradientEdge) -> None:
         """A layer was called; its output is at ``edge``."""
@@ -254,11 +276,10 @@ class Collector:
         """Output gradients of the likelihood, back to the layers' outputs only, into sums."""
         generator = self.make_generator(self._pass_index, logits.device)
         self._pass_index += 1
-        owners = [(name, index) for name, edges in current.edges.items() for index in range(len(edges))]
-        edges = [current.edges[name][index] for name, index in owners]
         # A parameter may have been frozen since the blocks were made.
         alone = [t for t in self._due.values() if t.module is None and t.weight.requires_grad]
-        if not edges and not alone:
+        if not current.edges and not alone:
+            self.pending.num_terms += current.num_terms  # terms there are: their layers have to be looked for elsewhere
             return
         columns = output_gradients(
             self.likelihood,
@@ -270,29 +291,51 @@ class Collector:
         )
         with full_precision(logits.device):
             for column in columns:
-                arrived: dict[str, list[Tensor | None]] = {}
-
-                def receive(number: int, gradient: Tensor, arrived: Any = arrived) -> None:
-                    name, index = owners[number]
-                    gradients = arrived.setdefault(name, [None] * len(current.edges[name]))
-                    gradients[index] = gradient
-                    if len(gradients) == 1:  # the calls of one example belong together
-                        self._add_output(current, name, arrived.pop(name))
-
-                with self._naming_hidden():
-                    parameters = [tracked.weight for tracked in alone]
-                    large = current.output_bytes >= ONE_BY_ONE_BYTES
-                    found = read_gradients(logits, edges, parameters, column, receive, one_by_one=large)
-                with torch.no_grad():
-                    for name, gradients in arrived.items():
-                        self._add_output(current, name, gradients)
-                    for tracked, gradient in zip(alone, found):
-                        if gradient is not None:
-                            statistics = current.statistics.setdefault(tracked.name, Statistics())
-                            tracked.block.add_output(statistics, [], [gradient], None)
+                self._take_column(current, logits, column, alone)
         if self._finite(current):
             self.pending.num_terms += current.num_terms
             self._keep(current)
+
+    def _take_column(self, current: Pass, logits: Tensor, column: Tensor, alone: list[Tracked]) -> None:
+        """One column of output gradients; the first of a pass also proves layers."""
+        owners = [(name, index) for name, edges in current.edges.items() for index in range(len(edges))]
+        edges = [current.edges[name][index] for name, index in owners]
+        arrived: dict[str, list[Tensor | None]] = {}
+        evidence: dict[str, Evidence] = {}
+        proving = self._to_prove(current)
+        held = set(current.held)
+
+        def receive(number: int, gradient: Tensor) -> None:
+            name, index = owners[number]
+            gradients = arrived.setdefault(name, [None] * len(current.edges[name]))
+            gradients[index] = gradient
+            if len(gradients) == 1 and name not in held:  # the calls of one example belong together
+                self._note(evidence, current, name, gradients)
+                self._add_output(current, name, arrived.pop(name))
+
+        own = {name: self._own_parameters(name) for name in proving}
+        targets = [p for members in own.values() for p in members if p is not None]
+        parameters = [*(tracked.weight for tracked in alone), *targets]
+        if not edges and not parameters:
+            return  # the column before has shown that no layer is what it seemed
+        with self._naming_hidden():
+            large = current.output_bytes >= ONE_BY_ONE_BYTES
+            found = read_gradients(logits, edges, parameters, column, receive, one_by_one=large)
+        with torch.no_grad():
+            for name in {**arrived, **own}:
+                self._note(evidence, current, name, arrived.get(name, []))
+            if proving or held:
+                reached = dict(zip(map(id, targets), found[len(alone) :]))
+                proof = {name: [reached.get(id(p)) for p in members] for name, members in own.items()}
+                self._judge(current, evidence, proof)
+                current.inputs.clear()
+            for name, gradients in arrived.items():
+                if name in current.calls:
+                    self._add_output(current, name, gradients)
+            for tracked, gradient in zip(alone, found):
+                if gradient is not None:
+                    statistics = current.statistics.setdefault(tracked.name, Statistics())
+                    tracked.block.add_output(statistics, [], [gradient], None)
 
     @contextmanager
     def _naming_hidden(self) -> Iterator[None]:
@@ -350,6 +393,7 @@ class Collector:
         self._settle()
         taken = self.pending
         self._complete(taken)
+        self.proven |= self._told - self.foreign.keys()
         self.reset()
         return taken
 
@@ -358,6 +402,7 @@ class Collector:
         self.pending = Pending()
         self.forward_seen = False
         self._pass_index = 0
+        self._told.clear()
         self.hidden.clear()
 
     @contextmanager
@@ -379,6 +424,16 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.current: Pass | None = None
         self.depth = 0
+
+
+def _provable(tracked: Tracked) -> bool:
+    adapter = tracked.block.adapter
+    return tracked.module is not None and adapter is not None and adapter.provable
+
+
+def _irregular(tensor: Tensor) -> bool:
+    """Nested and sparse tensors have no rows to speak of."""
+    return tensor.is_nested or tensor.layout != torch.strided
 
 
 def _let_go(holder: int, handles: list[RemovableHandle]) -> None:

@@ -12,6 +12,8 @@ from kfac_opt.curvature.block import Statistics
 from kfac_opt.curvature.collector import Collector, FisherKind
 from kfac_opt.curvature.passes import Arrival, LogitsArrival, Pass, Pending, on_gradient
 from kfac_opt.curvature.precision import full_precision
+from kfac_opt.curvature.proof import Evidence
+from kfac_opt.curvature.taps import Taps
 from kfac_opt.distributed import num_ranks
 from kfac_opt.likelihoods import Likelihood
 
@@ -25,6 +27,10 @@ class EmpiricalCollector(Collector):
 
     def _collect(self, current: Pass, logits: Tensor, mask: Tensor | None) -> None:
         current.logits = logits.detach()
+        proving = {name: self._own_parameters(name) for name in self._to_prove(current)}
+        if proving and logits.grad_fn is not None:
+            nodes = [edge.node for edges in current.edges.values() for edge in edges]
+            current.taps = Taps([logits.grad_fn, *nodes], proving)
         current.edges = {}  # they would keep the graph of a pass without a backward
         on_gradient(get_gradient_edge(logits), LogitsArrival(current))
         self.pending.open.append(current)
@@ -38,6 +44,7 @@ class EmpiricalCollector(Collector):
                 continue
             assert current.logits is not None
             with torch.no_grad(), full_precision(current.logits.device):
+                self._prove(current)
                 for name, gradients in current.gradients.items():
                     if name in self._due:
                         self._add_output(current, name, gradients)
@@ -47,6 +54,17 @@ class EmpiricalCollector(Collector):
             current.logits = current.logits_gradient = None
             current.gradients, current.calls = {}, {}
         self.pending.open = waiting
+
+    def _prove(self, current: Pass) -> None:
+        """Holds what this pass gave to the gradients of the weights against what the hooks saw."""
+        taps, current.taps = current.taps, None
+        evidence: dict[str, Evidence] = {}
+        if taps is not None:
+            for name in taps.found:
+                if name in current.gradients and name in self._due:
+                    self._note(evidence, current, name, current.gradients[name])
+        self._judge(current, evidence, {} if taps is None else taps.found)
+        current.inputs.clear()
 
     @torch.no_grad()
     def _complete(self, pending: Pending) -> None:

@@ -10,6 +10,23 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from kfac_opt.curvature.block import Call, Statistics
+from kfac_opt.curvature.taps import Taps
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An input as a layer saw it; the model may write over it later."""
+
+    x: Tensor
+    version: int | None
+
+    @staticmethod
+    def of(x: Tensor) -> Seen:
+        return Seen(x.detach(), None if x.is_inference() else x._version)
+
+    @property
+    def unchanged(self) -> bool:
+        return self.version is None or self.x._version == self.version
 
 
 @dataclass
@@ -20,6 +37,9 @@ class Pass:
     edges: dict[str, list[GradientEdge]] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)  # empirical: as they arrive
+    inputs: dict[str, list[Seen]] = field(default_factory=dict)  # of layers that have to be proven
+    held: set[str] = field(default_factory=set)  # those with a forward of their own: nothing is taken before the proof
+    taps: Taps | None = None  # empirical: the gradients of their weights
     logits: Tensor | None = None
     logits_gradient: Tensor | None = None
     num_terms: int = 0

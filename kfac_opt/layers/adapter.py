@@ -53,6 +53,11 @@ class LayerAdapter(ABC):
         self.module = module
         self.layout = self.make_layout(module, with_bias)
 
+    @property
+    def provable(self) -> bool:
+        """Whether autograd's gradient of the weight is to be :meth:`weight_gradient` of what this process alone sees."""
+        return True
+
     @staticmethod
     @abstractmethod
     def make_layout(module: nn.Module, with_bias: bool) -> MatrixLayout:
@@ -72,6 +77,11 @@ class LayerAdapter(ABC):
         if inputs.shape[:3] != outputs.shape[:3]:
             raise ValueError(f"rows of inputs and outputs do not pair up: {list(inputs.shape)}, {list(outputs.shape)}")
         return outputs.flatten(1, 2).mT @ inputs.flatten(1, 2)
+
+    def gradient_spread(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        r"""Sum over rows of :math:`|g|^2 |a|^2`, 0-dim: what rounding in :meth:`weight_gradient` grows with."""
+        inputs, outputs = self.input_rows(x.to(dtype)), self.output_rows(gradient.to(dtype))
+        return (outputs.square().sum(-1) * inputs.square().sum(-1)).sum()
 
     def input_moment(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         r"""Sum over rows of :math:`a a^\top`, ``[groups, in_dim, in_dim]``.

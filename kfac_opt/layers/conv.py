@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -30,6 +31,26 @@ class ConvAdapter(LayerAdapter):
     def input_rows(self, x: Tensor) -> Tensor:
         rows = self.patches(x)
         return append_one(rows) if self.layout.has_bias else rows
+
+    def weight_gradient(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """As the plain version, in chunks of examples."""
+        total: Tensor | None = None
+        for part, own in self._chunks(x, gradient):
+            product = super().weight_gradient(part, own, dtype)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return total
+
+    def gradient_spread(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """As the plain version, in chunks of examples."""
+        return torch.stack([super(ConvAdapter, self).gradient_spread(*part, dtype) for part in self._chunks(x, gradient)]).sum()
+
+    def _chunks(self, x: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Examples of which at most ``CHUNK_ENTRIES`` of patches are held at a time, with their output gradients."""
+        x, gradient = self.batched(x), self.batched(gradient)
+        entries = gradient[0, 0].numel() * x.shape[1] * math.prod(self.module.kernel_size)
+        size = max(1, CHUNK_ENTRIES // max(entries, 1))
+        return zip(x.split(size), gradient.split(size), strict=True)
 
     def input_moment(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         """As the plain version, without holding all patches: by displacements where that can be, else in chunks."""

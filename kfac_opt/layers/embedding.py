@@ -23,6 +23,10 @@ class EmbeddingAdapter(LayerAdapter):
     def make_layout(module: nn.Module, with_bias: bool) -> MatrixLayout:
         return MatrixLayout("transposed", tuple(cast(Tensor, module.weight).shape))
 
+    @property
+    def provable(self) -> bool:
+        return not self.module.scale_grad_by_freq  # torch then gives another gradient than the loss's
+
     def tokens(self, x: Tensor) -> Tensor:
         """Token indices as ``[batch, shared]``."""
         return x.reshape(1, 1) if x.dim() == 0 else x.reshape(x.shape[0], -1)
@@ -43,6 +47,10 @@ class EmbeddingAdapter(LayerAdapter):
         rows = self.output_rows(gradient.to(dtype))[0] * self.counted(x, None).unsqueeze(-1)
         table = rows.new_zeros(self.module.num_embeddings, rows.shape[-1])
         return table.index_add_(0, self.tokens(x).flatten(), rows.flatten(0, 1)).mT.unsqueeze(0)
+
+    def gradient_spread(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """As for any layer, without the one-hot rows."""
+        return (self.output_rows(gradient.to(dtype))[0].square().sum(-1) * self.counted(x, None)).sum()
 
     def input_square(self, x: Tensor, keep: Tensor | None, sharing: WeightSharing, dtype: torch.dtype) -> Tensor:
         """Token counts ``[1, vocabulary]``; with ``"reduce"`` the squared token frequencies of the examples."""

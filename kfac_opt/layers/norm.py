@@ -61,6 +61,10 @@ class BatchNormAdapter(NormAdapter):
 
     module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
+    @property
+    def provable(self) -> bool:
+        return not isinstance(self.module, nn.SyncBatchNorm)  # whose statistics are those of all ranks
+
     def normalized(self, x: Tensor) -> Tensor:
         module = self.module
         batch_statistics = module.training or module.running_mean is None

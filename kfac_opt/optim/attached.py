@@ -18,6 +18,7 @@ from kfac_opt.curvature.gradient_rows import GradientRows
 from kfac_opt.distributed import active_group, rank
 from kfac_opt.likelihoods import Likelihood, make_likelihood
 from kfac_opt.optim import options as checks
+from kfac_opt.optim.census import Census
 from kfac_opt.optim.estimation import Estimation
 from kfac_opt.optim.seeds import LABELS, derive_seed, seeded
 from kfac_opt.optim.settings import CurvatureOptions
@@ -60,7 +61,7 @@ class AttachedOptimizer(Optimizer):
         if generator is not None:
             self._base_seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self._flat: set[str] = set()  # layers that turned out to be used through their weights only
-        self._checked_unused = False
+        self._census = Census()
         self._model: nn.Module | None = None
         groups = checks.parameter_groups(owner, model, params)
         super().__init__(groups, defaults)
@@ -123,6 +124,9 @@ class AttachedOptimizer(Optimizer):
         )
         assert self._model is not None
         self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)
+        self._census.reopen()
+        if hasattr(self, "_collector"):
+            self._collector.proven.clear()  # other modules may stand behind the names now
         self._estimation = Estimation(
             self._tracked,
             options.refresh != "together",

@@ -15,12 +15,12 @@ from kfac_opt.curvature.gradient_rows import match_rows
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.curvature.passes import Pending
 from kfac_opt.curvature.precision import full_precision
-from kfac_opt.distributed import active_group, sum_over_ranks_
+from kfac_opt.distributed import active_group
 from kfac_opt.layers import MatrixLayout
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.safety import cast_to_parameters, replace_unsafe_
 from kfac_opt.optim.saved import SavedOptimizer
-from kfac_opt.optim.tracking import TrackedBlock, describe_apart, describe_unused
+from kfac_opt.optim.tracking import TrackedBlock, describe_apart, describe_foreign, describe_unused
 from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
 
 
@@ -191,35 +191,18 @@ class CurvatureOptimizer(SavedOptimizer):
         return None
 
     def _flatten_unused(self, due: dict[str, TrackedBlock], pending: Pending) -> None:
-        """Layers used through their weight only (their forward never ran) move to diagonal blocks, once, by name.
+        """Layers that are not what their blocks were made for move to diagonal blocks, by name, whenever that shows.
 
         What has a gradient that does not come through the logits is named as well.
         """
-        if self._checked_unused:
-            return
-        layers = {name: entry for name, entry in due.items() if entry.module is not None}
-        ran = [float(pending.num_terms), *(float(name in self._collector.fired) for name in layers)]
         group = active_group(self._options.process_group)
-        if group is not None:  # a layer that only another rank used is no layer without a forward
-            device = next(iter(due.values())).weight.device
-            numbers = torch.tensor(ran, dtype=torch.float64, device=device)
-            sum_over_ranks_([numbers], group)
-            ran = numbers.tolist()
-        if ran[0] == 0:
-            return
-        self._checked_unused = True
-        unused = [
-            name
-            for (name, entry), used in zip(layers.items(), ran[1:])
-            if not used and any(p.grad is not None and bool(p.grad.any()) for p in entry.parameters)
-        ]
-        if unused:
-            describe_unused(type(self).__name__, unused, self._collector.foreign)
-            self._flatten(unused)
-        if pending.num_terms:
-            apart = [name for name in due if name not in pending.statistics and name not in unused]
-            apart = [n for n in apart if any(p.grad is not None and bool(p.grad.any()) for p in due[n].parameters)]
-            describe_apart(type(self).__name__, apart)
+        found = self._census.look(due, self._states(), pending, self._collector, group)
+        owner = type(self).__name__
+        if found.foreign or found.unused:
+            describe_unused(owner, found.unused)
+            describe_foreign(owner, found.foreign)
+            self._flatten([*found.unused, *found.foreign])
+        describe_apart(owner, found.apart)
 
     def _flatten(self, names: list[str]) -> None:
         for name in names:

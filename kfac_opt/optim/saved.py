@@ -68,7 +68,9 @@ class SavedOptimizer(AttachedOptimizer):
         ]
         if flat:
             self._retrack_flat(flat)
-        self._checked_unused = self._step_count() > 0
+        self._census.reopen()
+        if self._step_count() > 0:
+            self._census.forget_silent(self._known_states())
         self._collector.reset()
         self._arm()
 
@@ -91,6 +93,6 @@ class SavedOptimizer(AttachedOptimizer):
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         if model is not None:
             copied._options, copied._likelihood, copied._flat = self._options, self._likelihood, set(self._flat)
-            copied._checked_unused = self._checked_unused
+            copied._census = copy.deepcopy(self._census, memo)
             copied._attach(model)
         return copied

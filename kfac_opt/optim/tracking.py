@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kfac_opt.curvature.block import CurvatureBlock
+from kfac_opt.curvature.collector import Foreign
 from kfac_opt.curvature.diagonal import DiagonalBlock, NormBlock
 from kfac_opt.curvature.eigenbasis import EigenbasisBlock
 from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock
@@ -170,22 +171,35 @@ def _announce(owner: str, alone: list[str], tracked: dict[str, TrackedBlock]) ->
         )
 
 
-def describe_unused(owner: str, names: list[str], foreign: set[str]) -> None:
-    """Says that layers were used through their weights only, or are not the maps that their class has an adapter for."""
-    unused = [repr(name) for name in names if name not in foreign]
-    other = [repr(name) for name in names if name in foreign]
-    if unused:
+def describe_unused(owner: str, names: list[str]) -> None:
+    """Says that layers were used through their weights only."""
+    if names:
         warnings.warn(
-            f"{owner}: the forward of {', '.join(unused)} never ran although the weight has a gradient (it is used through "
+            f"{owner}: the forward of {_listed(names)} never ran although the weight has a gradient (it is used through "
             "its weight only); diagonal curvature is used there from now on.",
             stacklevel=3,
         )
-    if other:
-        warnings.warn(
-            f"{owner}: {', '.join(other)} has a forward of its own that computes something else with its weight than the "
-            "class it derives from; diagonal curvature is used there from now on. register_layer adds adapters.",
-            stacklevel=3,
-        )
+
+
+def describe_foreign(owner: str, reasons: Mapping[str, Foreign]) -> None:
+    """Says that layers are not the maps that their class has an adapter for."""
+    for reason, words in FOREIGN.items():
+        names = [name for name, own in reasons.items() if own == reason]
+        if names:
+            warnings.warn(f"{owner}: {words.format(_listed(names))}; diagonal curvature is used there from now on.", stacklevel=3)
+
+
+FOREIGN: dict[Foreign, str] = {
+    "forward": "{} has a forward of its own that computes something else with its weight than the class it derives from "
+    "(register_layer adds adapters)",
+    "uses": "the weight of {} enters the outputs in ways that the calls of its module do not show (the weight used beside "
+    "them or sliced, a derivative taken inside the model, a state carried from pass to pass)",
+    "tensors": "{} takes or returns nested or sparse tensors, which no layer adapter reads",
+}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def describe_apart(owner: str, names: list[str]) -> None:

@@ -217,7 +217,7 @@ class Collector:
         current.num_terms = self.likelihood.num_terms(logits, mask)
         if current.num_terms == 0:
             return
-        if not bool(torch.isfinite(logits.detach()).all()):
+        if not self.likelihood.admits(logits, mask):
             self.dropped += 1
             return
         if self.outputs is not None:

@@ -99,7 +99,7 @@ class OutputTerms:
                 f"{self.owner}: the model returned outputs of shape {list(outputs.shape)} for {examples} examples, "
                 "expected the examples in the first dimension. Pass outputs=lambda output: ... to bring them there."
             )
-        if not bool(torch.isfinite(outputs).all()):
+        if not self.likelihood.admits(outputs):
             raise ValueError(
                 f"{self.owner}: the model's outputs hold values that are not finite. Check the weights and the data."
             )

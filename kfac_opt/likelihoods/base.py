@@ -17,6 +17,10 @@ class Likelihood(ABC):
     def check(self, outputs: Tensor) -> None:
         """Raises TypeError or ValueError, with the remedy, if ``outputs`` cannot be this likelihood's parameters."""
 
+    def admits(self, outputs: Tensor, mask: Tensor | None = None) -> bool:
+        """Whether every term that counts has a distribution: no value that is not finite, unless it has a meaning."""
+        return bool(torch.isfinite(outputs.detach()).all())
+
     @abstractmethod
     def term_mask(self, outputs: Tensor, mask: Tensor | None) -> Tensor | None:
         """Checks ``mask`` and returns it broadcastable against ``outputs`` (bool, True counts), or None."""

@@ -18,6 +18,10 @@ class Bernoulli(PerExample):
     def describe(self) -> dict[str, object]:
         return {"name": self.name}
 
+    def admits(self, outputs: Tensor, mask: Tensor | None = None) -> bool:
+        """A logit of ``-inf`` is probability zero."""
+        return super().admits(outputs) or bool((outputs.detach() < float("inf")).all())
+
     def _deviation(self, outputs: Tensor) -> Tensor:
         p = torch.sigmoid(widened(outputs.detach()))
         return (p * (1 - p)).sqrt().to(outputs.dtype)

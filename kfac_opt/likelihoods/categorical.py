@@ -59,6 +59,18 @@ class Categorical(Likelihood):
                 "likelihood=Categorical(class_dim=...)."
             )
 
+    def admits(self, outputs: Tensor, mask: Tensor | None = None) -> bool:
+        """A logit of ``-inf`` is probability zero (actions that are not allowed, a padded vocabulary); one class must be left."""
+        if super().admits(outputs):
+            return True
+        dim = self.dimension(outputs)
+        highest = outputs.detach().amax(dim, keepdim=True)  # NaN where one of them is
+        allowed = torch.isfinite(highest)
+        keep = self.term_mask(outputs, mask)
+        if keep is not None:
+            allowed = allowed | (~keep & (highest == -float("inf")))
+        return bool(allowed.all())
+
     def term_mask(self, outputs: Tensor, mask: Tensor | None) -> Tensor | None:
         if mask is None:
             return None

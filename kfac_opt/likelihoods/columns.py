@@ -28,6 +28,8 @@ def output_gradients(
     """
     outputs = outputs.detach()
     keep = likelihood.term_mask(outputs, mask)
+    if keep is not None:
+        outputs = torch.where(keep, outputs, 0.0)  # a masked term may have no distribution at all
     for index in range(num_labels if kind == "mc" else likelihood.root_columns(outputs)):
         if kind == "mc":
             gradients = likelihood.sample_gradients(outputs, generator)

@@ -87,15 +87,15 @@ class Census:
         proven = [name in collector.proven and name in collector.fired for name in layers]
         reasons = [[float(collector.foreign.get(name) == reason) for name in layers] for reason in REASONS]
         rows = [[float(name in collector.fired) for name in layers], [float(value) for value in proven], *reasons]
-        flat = [float(pending.num_terms), *(value for row in rows for value in row)]
+        flat = [float(pending.num_terms), *(value for row in rows for value in row)]  # a matrix of len(rows) rows
         device = next(iter(due.values())).weight.device
         numbers = torch.tensor(flat, dtype=torch.float64, device=device)
         sum_over_ranks_([numbers], group)
-        terms, *values = numbers.tolist()
-        fired, sure, *found = (values[start : start + len(layers)] for start in range(0, len(values), max(len(layers), 1)))
+        terms = round(float(numbers[0]))
+        fired, sure, *found = numbers[1:].reshape(len(rows), len(layers)).tolist()
         self.settled = all(value == dist.get_world_size(group) for value in sure)
         foreign = {name: reason for reason, row in zip(REASONS, found) for name, value in zip(layers, row) if value > 0}
-        return {name for name, value in zip(layers, fired) if value > 0}, foreign, round(terms)
+        return {name for name, value in zip(layers, fired) if value > 0}, foreign, terms
 
 
 def _has_gradient(entry: TrackedBlock) -> bool:

@@ -19,7 +19,7 @@ from kfac_opt.curvature.backward import read_gradients
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.edges import output_edge
 from kfac_opt.curvature.hooks import WeakHook, active_calls, is_transformed
-from kfac_opt.curvature.passes import Pass, Pending, Seen
+from kfac_opt.curvature.passes import Missed, Pass, Pending, Seen
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.proof import Evidence, verdicts
 from kfac_opt.curvature.stance import hold_eager, release_eager
@@ -81,6 +81,7 @@ class Collector:
         self.forward_seen = False
         self.paused = False
         self.dropped = 0
+        self.missed: set[Missed] = set()  # why passes since the last step do not count
         self.mask: Tensor | None = None
         self.any_mode = False  # whether passes in evaluation mode count as well
         self.sample_ranks = 1  # ranks among which the passes of a step are divided
@@ -136,13 +137,25 @@ class Collector:
         self.forward_seen = True
         if torch._C._current_graph_task_id() == -1:  # not while a checkpoint recomputes the model: gradients still come
             self._settle()
-        counts = (module.training or self.any_mode) and torch.is_grad_enabled() and not self.paused
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "nn.DataParallel copies the model at every forward, and its hooks see only a part of the batch. Use "
                 "torch.nn.parallel.DistributedDataParallel (one process per device) or a single device."
             )
-        running.current = Pass() if counts and not is_transformed() else None
+        reason = self._why_not(module)
+        if reason is not None:
+            self.missed.add(reason)
+        running.current = Pass() if reason is None else None
+
+    def _why_not(self, module: nn.Module) -> Missed | None:
+        """Why a pass that begins now does not count, or None."""
+        if self.paused:
+            return "paused"
+        if is_transformed():
+            return "transformed"
+        if not torch.is_grad_enabled():
+            return "no gradients"
+        return None if module.training or self.any_mode else "evaluation"
 
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         current = self._running.current
@@ -211,14 +224,16 @@ class Collector:
         mask = self.mask if mask is None else mask
         self.likelihood.check(logits)
         if not logits.requires_grad:
+            self.missed.add("detached")
             return
         if mask is not None:
             self.likelihood.term_mask(logits, mask)
         current.num_terms = self.likelihood.num_terms(logits, mask)
         if current.num_terms == 0:
+            self.missed.add("masked")
             return
         if not self.likelihood.admits(logits, mask):
-            self.dropped += 1
+            self._drop()
             return
         if self.outputs is not None:
             for name, calls in current.calls.items():
@@ -366,9 +381,13 @@ class Collector:
         sums += [gradient.sum(dtype=dtype) for statistics in parts for _, found, _ in statistics.examples for gradient in found]
         sums += [_square(part.call.x, dtype) for statistics in parts for part in statistics.late]
         if sums and not bool(torch.isfinite(torch.stack([value.to(sums[0].device) for value in sums])).all()):
-            self.dropped += 1
+            self._drop()
             return False
         return True
+
+    def _drop(self) -> None:
+        self.dropped += 1
+        self.missed.add("dropped")
 
     def _keep(self, current: Pass) -> None:
         for name, statistics in current.statistics.items():
@@ -392,6 +411,9 @@ class Collector:
         """Everything since the last step; starts anew."""
         self._settle()
         taken = self.pending
+        if taken.open:
+            self.missed.add("no backward")
+        taken.missed = set(self.missed)
         self._complete(taken)
         self.proven |= self._told - self.foreign.keys()
         self.reset()
@@ -403,6 +425,7 @@ class Collector:
         self.forward_seen = False
         self._pass_index = 0
         self._told.clear()
+        self.missed.clear()
         self.hidden.clear()
 
     @contextmanager

@@ -5,12 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from kfac_opt.curvature.block import Call, Statistics
 from kfac_opt.curvature.taps import Taps
+
+Missed = Literal["paused", "transformed", "no gradients", "evaluation", "detached", "masked", "dropped", "no backward"]
+"""Why a forward of the model gave no estimate."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Pending:
     statistics: dict[str, Statistics] = field(default_factory=dict)
     num_terms: int = 0
     open: list[Pass] = field(default_factory=list)  # empirical: backward may still come
+    missed: set[Missed] = field(default_factory=set)  # why passes of this step do not count
     settled: list[Pass] = field(default_factory=list)  # empirical: sums taken, scale of the step not yet known
 
     def merge(self, other: Pending) -> None:

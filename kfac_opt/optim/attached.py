@@ -62,6 +62,7 @@ class AttachedOptimizer(Optimizer):
             self._base_seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         self._flat: set[str] = set()  # layers that turned out to be used through their weights only
         self._census = Census()
+        self._said_uncounted = False
         self._model: nn.Module | None = None
         groups = checks.parameter_groups(owner, model, params)
         super().__init__(groups, defaults)

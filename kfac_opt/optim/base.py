@@ -21,6 +21,7 @@ from kfac_opt.optim import options as checks
 from kfac_opt.optim.safety import cast_to_parameters, replace_unsafe_
 from kfac_opt.optim.saved import SavedOptimizer
 from kfac_opt.optim.tracking import TrackedBlock, describe_apart, describe_foreign, describe_unused
+from kfac_opt.optim.uncounted import describe_uncounted
 from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
 
 
@@ -146,6 +147,7 @@ class CurvatureOptimizer(SavedOptimizer):
             self._refuse_unusable(due)
             self._broken_off = True
             pending = self._collector.take()
+            self._say_uncounted(pending)
             self._flatten_unused(due, pending)
         self._estimation.advance(self._states(), pending, step, groups, self._damping)
         steps = [self.state[p]["step"] for group in self.param_groups for p in group["params"] if p in self.state]
@@ -181,6 +183,15 @@ class CurvatureOptimizer(SavedOptimizer):
     def _any_gradient(self) -> bool:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return any(bool(gradient.any()) for gradient in gradients if not gradient.is_sparse)
+
+    def _say_uncounted(self, pending: Pending) -> None:
+        """Once: an estimate was due, there are gradients, and no pass gave one."""
+        if self._said_uncounted or pending.num_terms or not pending.missed or "paused" in pending.missed:
+            return
+        alone = active_group(self._options.process_group) is None  # else a rank may have no batch
+        if (alone or pending.missed != {"no gradients"}) and self._any_gradient():
+            self._said_uncounted = True
+            describe_uncounted(type(self).__name__, pending.missed)
 
     def _hidden_layer(self, due: dict[str, TrackedBlock]) -> str | None:
         """A layer with a gradient that ran where hooks do not see it, by name."""

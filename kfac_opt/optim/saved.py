@@ -93,6 +93,7 @@ class SavedOptimizer(AttachedOptimizer):
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         if model is not None:
             copied._options, copied._likelihood, copied._flat = self._options, self._likelihood, set(self._flat)
+            copied._said_uncounted = self._said_uncounted
             copied._census = copy.deepcopy(self._census, memo)
             copied._attach(model)
         return copied

@@ -15,7 +15,7 @@ from kfac_opt.curvature.gradient_rows import match_rows
 from kfac_opt.curvature.kronecker import KroneckerBlock
 from kfac_opt.curvature.passes import Pending
 from kfac_opt.curvature.precision import full_precision
-from kfac_opt.distributed import active_group
+from kfac_opt.distributed import active_group, sum_over_ranks_
 from kfac_opt.layers import MatrixLayout
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.safety import cast_to_parameters, replace_unsafe_

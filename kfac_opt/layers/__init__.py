@@ -1,6 +1,6 @@
 """Layers as linear maps: one adapter per layer type."""
 
-from kfac_opt.layers import conv, embedding, linear, norm
+from kfac_opt.layers import conv, embedding, linear, norm, transposed
 from kfac_opt.layers.adapter import LayerAdapter, WeightSharing, append_one, find_adapter, has_own_forward, register_layer
 from kfac_opt.layers.layout import MatrixLayout
 
@@ -16,4 +16,5 @@ __all__ = [
     "linear",
     "norm",
     "register_layer",
+    "transposed",
 ]

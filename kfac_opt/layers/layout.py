@@ -21,7 +21,7 @@ class MatrixLayout:
     kind            weight                              matrix
     ==============  ==================================  ===========================================
     ``matrix``      ``[out, in, ...]``, with groups     ``[groups, out / groups, in·... (+ 1)]``
-    ``transposed``  ``[in, out]`` (embeddings)          ``[1, out, in (+ 1)]``
+    ``transposed``  ``[in, out / groups, ...]``         ``[groups, out / groups, in / groups·... (+ 1)]``
     ``norm``        ``[channels, ...]``                 ``[channels, 1, 1 or 2]`` (scale, shift)
     ``flat``        any                                 ``[1, 1, numel]``
     ==============  ==================================  ===========================================
@@ -51,7 +51,7 @@ class MatrixLayout:
             out_dim = self.weight_shape[0]
             return self.groups, out_dim // self.groups, size // out_dim + self.has_bias
         if self.kind == "transposed":
-            return 1, self.weight_shape[1], self.weight_shape[0] + self.has_bias
+            return self.groups, self.weight_shape[1], size // (self.weight_shape[1] * self.groups) + self.has_bias
         if self.kind == "norm":
             return size, 1, 1 + self.has_bias
         return 1, 1, size
@@ -69,7 +69,11 @@ class MatrixLayout:
             return columns if bias is None else torch.cat([columns, bias.reshape(-1, 1, 1)], dim=-1)
         if self.kind == "flat":
             return weight.reshape(1, 1, -1)
-        matrix = weight.mT if self.kind == "transposed" else weight.reshape(weight.shape[0], -1)
+        if self.kind == "transposed":
+            out_dim = self.groups * self.weight_shape[1]
+            matrix = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).reshape(out_dim, -1)
+        else:
+            matrix = weight.reshape(weight.shape[0], -1)
         if bias is not None:
             matrix = torch.cat([matrix, bias.unsqueeze(-1)], dim=-1)
         return matrix.reshape(self.shape)
@@ -81,7 +85,9 @@ class MatrixLayout:
         bias = matrix[:, -1] if self.has_bias else None
         weight = matrix[:, :-1] if self.has_bias else matrix
         if self.kind == "transposed":
-            return weight.mT, bias
+            taps = self.weight_shape[2:]
+            by_output = weight.reshape(groups, out_dim, self.weight_shape[0] // groups, *taps)
+            return by_output.transpose(1, 2).flatten(0, 1), bias
         if self.kind == "norm" and bias is not None:
             bias = bias.reshape(self.weight_shape)
         return weight.reshape(self.weight_shape), bias

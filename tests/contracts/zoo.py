@@ -139,7 +139,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int]
 KRONECKER_ONLY = [
     name
     for name in NETWORKS
-    if name not in ("frozen weight", "unused layer", "attention", "lstm", "tied weights", "transposed convolution")
+    if name not in ("frozen weight", "unused layer", "attention", "lstm", "tied weights")
 ]
 """Networks whose blocks are all made of per-example sums: their ``exact`` estimates are exact."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from kfac_opt import KFAC
 from tests import reference
-from tests.support import Lambda, bare_kfac, close, data, estimate, pool
+from tests.support import Lambda, bare_kfac, close, data, estimate
 
 DOUBLE = torch.float64
 
@@ -76,11 +76,6 @@ CASES = {
         lambda: Recurrent(nn.GRU),
         SEQUENCE,
         [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
-    ),
-    "transposed convolution": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Tanh(), Lambda(pool), nn.Linear(3, 3)),
-        (3, 2, 3, 3),
-        ["0.weight", "0.bias"],
     ),
     "bare parameters": (Bare, (3, 4), ["weight", "temperature"]),
     "bilinear": (

@@ -236,8 +236,8 @@ def layer_rows(
     """Per example ``inputs [rows, groups, in]``, ``jacobian [outputs, rows, groups, out]``, ``hessian``, ``terms``.
 
     Rows are all positions of all calls of the module. ``reduce`` averages the inputs and sums the
-    output gradients of each call over its positions. ``mask [batch, positions]`` leaves rows out
-    where a layer has as many positions as the mask.
+    output gradients of each call over its positions. ``mask``: terms that count; with one, rows that none of
+    these terms depends on are left out.
     """
     module = model.get_submodule(name)
     examples = []
@@ -254,9 +254,10 @@ def layer_rows(
             j_rows = torch.stack(
                 [output_rows(module, torch.zeros_like(out[0]) if grads[c] is None else grads[c][0]) for grads in per_output]
             )
-            if term_mask is not None and len(a_rows) == term_mask.numel():
-                a_rows, j_rows = a_rows[term_mask.reshape(-1)], j_rows[:, term_mask.reshape(-1)]
-            if sharing == "reduce":
+            if term_mask is not None:
+                reached = torch.einsum("ij,jrgo->irgo", hessian, j_rows).abs().sum((0, 2, 3)) > 0
+                a_rows, j_rows = a_rows[reached], j_rows[:, reached]
+            if sharing == "reduce" and len(a_rows):
                 a_rows, j_rows = a_rows.mean(0, keepdim=True), j_rows.sum(1, keepdim=True)
             a_calls.append(a_rows)
             j_calls.append(j_rows)

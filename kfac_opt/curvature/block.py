@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +21,42 @@ State = dict[str, Tensor]
 
 @dataclass
 class Call:
-    """One call of a layer: its input, which of its ``[batch, shared]`` rows count, their shape, and where its output lies."""
+    """One call of a layer.
+
+    Attributes:
+        x: its input.
+        positions: ``(batch, shared)`` of its rows.
+        view: where its output lies.
+        keep: bool ``[batch, shared]``, rows that a gradient reached; None for all.
+        examples: how many examples the rows belong to, once the outputs of the model are known.
+        taken: whether the sums of the inputs have it.
+    """
 
     x: Tensor
     positions: tuple[int, int]
-    keep: Tensor | None = None
     view: ViewOfBase | None = None
+    keep: Tensor | None = None
+    examples: int | None = None
+    taken: bool = False
+
+    @property
+    def flat_batch(self) -> int:
+        """Neighbouring entries of the leading dimension that belong to one example."""
+        return 1 if self.examples is None else self.positions[0] // self.examples
+
+    def reach(self, rows: Tensor) -> None:
+        """Marks the rows ``[groups, batch, shared, features]`` of an output gradient that are not zero."""
+        reached = (rows != 0).any(-1).any(0)
+        self.keep = reached if self.keep is None else self.keep | reached
+
+    def num_rows(self) -> int:
+        """How many rows count."""
+        return math.prod(self.positions) if self.keep is None else int(self.keep.sum())
+
+    def num_examples(self) -> int:
+        """How many examples have rows that count."""
+        examples = self.positions[0] // self.flat_batch
+        return examples if self.keep is None else int(self.keep.reshape(examples, -1).any(1).sum())
 
     def output_gradient(self, arrived: Tensor) -> Tensor:
         """The gradient of the output from what came at its edge (:func:`kfac_opt.curvature.edges.output_edge`)."""
@@ -123,6 +154,7 @@ class CurvatureBlock(ABC):
 
     needs_input = True  # whether calls must keep their input until the output gradients arrive
     refreshable = False  # whether refresh() does anything
+    per_example = False  # whether the gradient of an example is summed over its rows before it is squared
 
     def __init__(
         self, layout: MatrixLayout, adapter: LayerAdapter | None, dtype: torch.dtype, sharing: WeightSharing = "expand"
@@ -132,7 +164,7 @@ class CurvatureBlock(ABC):
     # -- collecting ---------------------------------------------------------------------------------------------
 
     def add_input(self, statistics: Statistics, call: Call) -> None:
-        """Adds what the input of one call contributes."""
+        """Adds what the input of one call contributes: of its rows those in ``call.keep``."""
         return
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac_opt.curvature.backward import read_gradients
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.edges import output_edge
+from kfac_opt.curvature.grouping import all_different, group_rows
 from kfac_opt.curvature.hooks import WeakHook, active_calls, is_transformed
 from kfac_opt.curvature.passes import Missed, Pass, Pending, Seen
 from kfac_opt.curvature.precision import full_precision
@@ -25,6 +27,7 @@ from kfac_opt.curvature.proof import Evidence, verdicts
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.curvature.watch import LossWatch
 from kfac_opt.layers import has_own_forward
+from kfac_opt.layers.embedding import EmbeddingAdapter
 from kfac_opt.likelihoods import Likelihood, output_gradients
 from kfac_opt.outputs import pick_logits
 
@@ -95,6 +98,7 @@ class Collector:
         self._states: Mapping[str, State | None] = {}
         self._running = _Running()
         self._pass_index = 0
+        self._said_grouping = False
         self._watch = LossWatch(likelihood)
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _let_go, id(self), self._handles)
@@ -145,7 +149,7 @@ class Collector:
         reason = self._why_not(module)
         if reason is not None:
             self.missed.add(reason)
-        running.current = Pass() if reason is None else None
+        running.current = Pass(num_inputs=_leading_dim([*args, *kwargs.values()])) if reason is None else None
 
     def _why_not(self, module: nn.Module) -> Missed | None:
         """Why a pass that begins now does not count, or None."""
@@ -180,7 +184,7 @@ class Collector:
             return  # a subclass that returns something else than its linear map: as if it had not run
         self.fired.add(name)
         edge, view = output_edge(out, x)
-        call = Call(x.detach(), (batch, shared), self._rows_kept(self.mask, (batch, shared)), view)
+        call = Call(x.detach(), (batch, shared), view)
         current.calls.setdefault(name, []).append(call)
         current.edges.setdefault(name, []).append(edge)
         current.output_bytes += out.numel() * out.element_size()
@@ -189,28 +193,26 @@ class Collector:
             current.inputs.setdefault(name, []).append(Seen.of(x))
             if has_own_forward(module):
                 current.held.add(name)
-        if self.outputs is None and name not in current.held:
-            # No mask can come with the outputs: take the moment now, so that checkpointing can free the input.
+        if self.outputs is None and self.mask is None and block.sharing == "expand" and name not in current.held:
+            # No mask can come and each row counts by itself: take the moment now, so that checkpointing can free the input.
             self._take_input(current, name, call)
 
     def _take_input(self, current: Pass, name: str, call: Call) -> None:
         block = self._due[name].block
         statistics = current.statistics.setdefault(name, Statistics())
+        call.taken = True
         with torch.no_grad(), full_precision(call.x.device):
             block.add_input(statistics, call)
-        batch, shared = call.positions
-        if block.sharing == "reduce":
-            statistics.num_rows += batch
-        else:
-            statistics.num_rows += batch * shared if call.keep is None else int(call.keep.sum())
+        statistics.num_rows += call.num_examples() if block.sharing == "reduce" else call.num_rows()
         if not block.needs_input:
             call.x = call.x.new_empty(0)
 
-    @staticmethod
-    def _rows_kept(mask: Tensor | None, positions: tuple[int, int]) -> Tensor | None:
-        if mask is None or mask.shape[0] != positions[0] or mask.numel() != positions[0] * positions[1]:
-            return None
-        return mask.reshape(positions)
+    def _take_inputs(self, current: Pass) -> None:
+        """Those that had to wait for the mask, and with one for the rows that gradients reach."""
+        for name in [name for name in current.calls if name in self._due and name not in current.held]:
+            for call in current.calls[name]:
+                if not call.taken and not (current.masked and call.keep is None):  # no gradient came to that call at all
+                    self._take_input(current, name, call)
 
     def on_root_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         running = self._running
@@ -235,12 +237,10 @@ class Collector:
         if not self.likelihood.admits(logits, mask):
             self._drop()
             return
-        if self.outputs is not None:
-            for name, calls in current.calls.items():
-                for call in calls:
-                    call.keep = self._rows_kept(mask, call.positions)
-                    if name not in current.held:
-                        self._take_input(current, name, call)
+        current.masked = mask is not None and not bool(mask.all())
+        self._group_rows(current, logits.shape[0])
+        if not current.masked:
+            self._take_inputs(current)
         self._watch.attach(logits)
         self._collect(current, logits, mask)
 
@@ -274,7 +274,7 @@ class Collector:
                 own = name in current.held
                 self._refuse(current, name, "forward" if own else "uses")
         for name in current.held & current.calls.keys() & self._due.keys():
-            for call in current.calls[name]:
+            for call in [] if current.masked else current.calls[name]:
                 self._take_input(current, name, call)
         current.held.clear()
 
@@ -283,6 +283,26 @@ class Collector:
         self.foreign[name] = reason
         for part in (current.calls, current.edges, current.gradients, current.statistics, current.inputs):
             part.pop(name, None)  # type: ignore[attr-defined]
+
+    def _group_rows(self, current: Pass, num_examples: int) -> None:
+        """Which rows belong to one example; says once where a sum over examples needs it and it cannot be known."""
+        unknown = group_rows(current.calls, num_examples, current.num_inputs)
+        names = [name for name in unknown if self._due[name].block.per_example and not self._reads_once(current, name)]
+        if names and not self._said_grouping:
+            self._said_grouping = True
+            warnings.warn(
+                f"the leading dimension of what {', '.join(map(repr, names))} gets ({unknown[names[0]]}) is no multiple of the "
+                f"{num_examples} examples of the model's outputs, so that it is not known which rows belong to one example: each "
+                "entry of it is taken for an example of its own (right for packed rows that do not meet in one loss term). If "
+                "examples have several rows there, keep the batch in front, or use curvature='kronecker' and "
+                "weight_sharing='expand', whose factors need no examples.",
+                stacklevel=2,
+            )
+
+    def _reads_once(self, current: Pass, name: str) -> bool:
+        """A table of positions, say, whose rows do not meet."""
+        adapter = self._due[name].block.adapter
+        return isinstance(adapter, EmbeddingAdapter) and all(all_different(call.x) for call in current.calls[name])
 
     def _on_call(self, current: Pass, name: str, edge: GradientEdge) -> None:
         """A layer was called; its output is at ``edge``."""
@@ -307,6 +327,8 @@ class Collector:
         with full_precision(logits.device):
             for column in columns:
                 self._take_column(current, logits, column, alone)
+        if current.masked:
+            self._take_inputs(current)
         if self._finite(current):
             self.pending.num_terms += current.num_terms
             self._keep(current)
@@ -371,7 +393,11 @@ class Collector:
         pairs = [(call, call.output_gradient(g.detach())) for call, g in arrivals if g is not None]
         if pairs:
             calls, arrived = [call for call, _ in pairs], [g for _, g in pairs]
-            self._due[name].block.add_output(current.statistics[name], calls, arrived, self._states.get(name))
+            block = self._due[name].block
+            if current.masked and block.adapter is not None:
+                for call, gradient in pairs:
+                    call.reach(block.adapter.output_rows(gradient))
+            block.add_output(current.statistics.setdefault(name, Statistics()), calls, arrived, self._states.get(name))
 
     def _finite(self, current: Pass) -> bool:
         """One read of the device for all sums of the pass; a pass that is not finite is dropped and counted."""
@@ -457,6 +483,10 @@ def _provable(tracked: Tracked) -> bool:
 def _irregular(tensor: Tensor) -> bool:
     """Nested and sparse tensors have no rows to speak of."""
     return tensor.is_nested or tensor.layout != torch.strided
+
+
+def _leading_dim(arguments: list[Any]) -> int | None:
+    return next((int(part.shape[0]) for part in arguments if isinstance(part, Tensor) and part.dim()), None)
 
 
 def _let_go(holder: int, handles: list[RemovableHandle]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, CurvatureBlock, Damping, State, Statistics, average_into, average_weight, track_scale
+from kfac_opt.curvature.grouping import join_calls
 from kfac_opt.curvature.spectral import SpectralForm, damped_two_by_two_solve, divided, two_by_two
 from kfac_opt.layers.norm import NormAdapter
 
@@ -52,16 +53,19 @@ class DiagonalBlock(CurvatureBlock):
 class NormBlock(CurvatureBlock):
     """Scale and shift of a norm layer: per channel the ``2 × 2`` moment of the per-example sums ``(Σ g x̂, Σ g)``."""
 
+    per_example = True
+
     def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         assert isinstance(self.adapter, NormAdapter)
         sums = [
-            self.adapter.example_sums(call.x.to(self.dtype), gradient.to(self.dtype), call.keep)
+            self._example_sums(self.adapter, call, gradient).unflatten(1, (-1, call.flat_batch)).sum(2)
             for call, gradient in zip(calls, gradients)
         ]
-        if len({part.shape for part in sums}) == 1:
-            sums = [torch.stack(sums).sum(0)]  # the calls of one example belong to one gradient
-        for part in sums:
-            statistics.add("moment", part.mT @ part)
+        total = join_calls([part.unsqueeze(2) for part in sums], examples=1, positions=2).sum(2)  # of each example
+        statistics.add("moment", total.mT @ total)
+
+    def _example_sums(self, adapter: NormAdapter, call: Call, gradient: Tensor) -> Tensor:
+        return adapter.example_sums(call.x.to(self.dtype), gradient.to(self.dtype), None)  # rows that do not count are zero
 
     def sum_shapes(self) -> dict[str, tuple[int, ...]]:
         channels, _, columns = self.layout.shape

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_opt.curvature.block import Call, Damping, State, Statistics, average_into, average_weight
+from kfac_opt.curvature.grouping import by_example, join_calls
 from kfac_opt.curvature.kronecker import KroneckerBlock, Refreshed
 from kfac_opt.curvature.spectral import SpectralForm
 from kfac_opt.layers import LayerAdapter, WeightSharing
@@ -25,6 +26,7 @@ class EigenbasisBlock(KroneckerBlock):
     """Kronecker eigenbases; eigenvalues are averaged per-example second moments that follow the data."""
 
     needs_input = True
+    per_example = True
 
     def __init__(
         self,
@@ -54,21 +56,18 @@ class EigenbasisBlock(KroneckerBlock):
 
     def example_squares(self, state: State, calls: list[Call], gradients: list[Tensor]) -> Tensor:
         """Sum over examples of the squared per-example gradient in the basis in force, ``[groups, out, in]``."""
-        inputs, outputs = [], []
+        outputs = []
         for call, gradient in zip(calls, gradients):
-            rows = self.layer.output_rows(gradient.to(self.dtype))
-            if call.keep is not None:
-                rows = rows * call.keep.unsqueeze(-1)
+            rows = by_example(self.layer.output_rows(gradient.to(self.dtype)), call)
             dense = self.dense_sides["output"]
             outputs.append(self.sides["output"].times_basis(rows, state["output_basis"]) if dense else rows)
+        joined = join_calls(outputs, examples=1, positions=2)  # the calls of one example belong to one gradient
         if isinstance(self.layer, EmbeddingAdapter):
-            return _embedding_squares(self.layer, calls, outputs)
-        inputs = [self.layer.input_rows(call.x.to(self.dtype)) for call in calls]
-        if len({rows.shape[1] for rows in inputs}) == 1:  # the calls of one example belong to one gradient
-            inputs, outputs = [torch.cat(inputs, dim=2)], [torch.cat(outputs, dim=2)]
+            tokens = [by_example(self.layer.tokens(call.x), call, dim=0) for call in calls]
+            return self.layer.example_squares(join_calls(tokens, examples=0, positions=1), joined[0])
+        inputs = [by_example(self.layer.input_rows(call.x.to(self.dtype)), call) for call in calls]
         turn = self._turn_input(state) if self.dense_sides["input"] else None
-        squares = [_row_squares(a, g, turn) for a, g in zip(inputs, outputs)]
-        return torch.stack(squares).sum(0)
+        return _row_squares(join_calls(inputs, examples=1, positions=2), joined, turn)
 
     def _turn_input(self, state: State) -> Callable[[Tensor], Tensor]:
         return lambda rows: self.sides["input"].times_basis(rows, state["input_basis"])
@@ -143,10 +142,3 @@ def _row_squares(a: Tensor, g: Tensor, turn: Callable[[Tensor], Tensor] | None) 
             gradient = turn(gradient)
         total += gradient.square().sum(1)
     return total
-
-
-def _embedding_squares(adapter: EmbeddingAdapter, calls: list[Call], outputs: list[Tensor]) -> Tensor:
-    tokens = [adapter.tokens(call.x) for call in calls]
-    if len({part.shape[0] for part in tokens}) == 1:
-        return adapter.example_squares(torch.cat(tokens, 1), torch.cat(outputs, 2)[0])
-    return torch.stack([adapter.example_squares(part, rows[0]) for part, rows in zip(tokens, outputs)]).sum(0)

@@ -48,6 +48,8 @@ class EmpiricalCollector(Collector):
                 for name, gradients in current.gradients.items():
                     if name in self._due:
                         self._add_output(current, name, gradients)
+                if current.masked:
+                    self._take_inputs(current)
                 if self._finite(current):
                     current.scale = self.likelihood.gradient_scale(current.logits, current.logits_gradient)
                     self.pending.settled.append(current)

@@ -3,6 +3,8 @@ r"""The two factors of a Kronecker block: what passes add to them and how they a
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +19,10 @@ from kfac_opt.curvature.block import (
     average_weight,
     track_scale,
 )
+from kfac_opt.curvature.grouping import by_example
 from kfac_opt.curvature.sides import Side
 from kfac_opt.layers import LayerAdapter, WeightSharing
+from kfac_opt.layers.adapter import gram, pooled_rows
 from kfac_opt.linalg import pack_triangle
 
 SIDES = ("input", "output")
@@ -47,6 +51,7 @@ class FactorBlock(CurvatureBlock):
         self.layer = adapter
         groups, out_dim, in_dim = self.layout.shape
         self.groups = groups
+        self.per_example = self.per_example or sharing == "reduce"
         self.dims = {"input": in_dim, "output": out_dim}
         self.dense_sides = {
             "input": in_dim <= max_factor_dim and not adapter.diagonal_input,
@@ -65,7 +70,7 @@ class FactorBlock(CurvatureBlock):
         sum_bytes = math.prod(side.sum_shape) * self.dtype.itemsize
         if side.packs_at_once and LATE_RATIO * call.x.nbytes <= sum_bytes:
             # The sums of all layers would wait for the step side by side, beside the activations.
-            copy = Call(call.x.clone(), call.positions, call.keep)
+            copy = replace(call, x=call.x.clone())
             statistics.put_off(LateSum(copy, self._input_sum, sum_bytes))
         else:
             statistics.add("input", self._input_sum(call))
@@ -73,6 +78,11 @@ class FactorBlock(CurvatureBlock):
     def _input_sum(self, call: Call) -> Tensor:
         """What the input of one call adds, ``sum_shape``."""
         side, layer = self.sides["input"], self.layer
+        if self.sharing == "reduce" and call.flat_batch > 1:
+            if layer.diagonal_input:  # tokens; their one-hot rows would be large
+                keep = None if call.keep is None else by_example(call.keep, call, dim=0)
+                return layer.input_square(by_example(call.x.reshape(call.positions), call, dim=0), keep, self.sharing, self.dtype)
+            return self._pooled_sum(side, layer.input_rows(call.x.to(self.dtype)), call, "mean")
         how = call.x, call.keep, self.sharing, self.dtype
         rows = layer.input_moment_rows(*how) if side.packs_at_once and not side.blocked else None
         packed = None if rows is None else side.packed_rows(rows, self.dtype, call.x.device)
@@ -86,12 +96,24 @@ class FactorBlock(CurvatureBlock):
     def add_output(self, statistics: Statistics, calls: list[Call], gradients: list[Tensor], state: State | None) -> None:
         side, layer = self.sides["output"], self.layer
         for call, gradient in zip(calls, gradients):
-            how = gradient, call.keep, self.sharing, self.dtype
+            if self.sharing == "reduce" and call.flat_batch > 1:
+                statistics.add("output", self._pooled_sum(side, layer.output_rows(gradient.to(self.dtype)), call, "sum"))
+                continue
+            how = gradient, None, self.sharing, self.dtype  # rows that do not count are zero
             if not side.dense:
                 statistics.add("output", layer.output_square(*how))
             else:
                 moments = layer.output_block_moments(*how, side.ranges) if side.blocked else [layer.output_moment(*how)]
                 statistics.add("output", side.packed(moments) if side.packs_at_once else moments[0])
+
+    def _pooled_sum(self, side: Side, rows: Tensor, call: Call, pool: Literal["mean", "sum"]) -> Tensor:
+        """``sum_shape`` from rows ``[groups, batch, shared, features]`` whose examples are spread over the batch."""
+        keep = None if call.keep is None else by_example(call.keep, call, dim=0)
+        pooled = pooled_rows(by_example(rows, call), keep if pool == "mean" else None, pool)
+        if not side.dense:
+            return pooled.square().sum(-2)
+        moments = [gram(pooled[..., start:end].mT) for start, end in side.ranges]
+        return side.packed(moments) if side.packs_at_once else moments[0]
 
     def sum_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: side.sum_shape for name, side in self.sides.items()}

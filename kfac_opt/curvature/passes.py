@@ -47,6 +47,8 @@ class Pass:
     logits: Tensor | None = None
     logits_gradient: Tensor | None = None
     num_terms: int = 0
+    num_inputs: int | None = None  # leading dimension of the model's input
+    masked: bool = False  # rows without a gradient may be padding
     output_bytes: int = 0  # of all calls together
     scale: float | None = None  # empirical: factor of the user's output gradients, if it can be read off
 

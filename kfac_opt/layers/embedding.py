@@ -62,7 +62,7 @@ class EmbeddingAdapter(LayerAdapter):
         positions = torch.full((tokens.shape[0],), tokens.shape[1], device=x.device) if keep is None else keep.sum(1)
         pairs = tokens + size * torch.arange(tokens.shape[0], device=x.device).unsqueeze(1)
         unique, index = pairs.flatten().unique(return_inverse=True)
-        share = (counted / positions.clamp_min(1).unsqueeze(1)).to(dtype)
+        share = counted.to(dtype) / positions.clamp_min(1).unsqueeze(1)
         frequency = torch.zeros(unique.shape[0], dtype=dtype, device=x.device).index_add_(0, index, share.flatten())
         squares = torch.zeros(size, dtype=dtype, device=x.device)
         return squares.index_add_(0, unique % size, frequency.square()).unsqueeze(0)

@@ -112,7 +112,8 @@ class AttachedOptimizer(Optimizer):
         self._written: list[tuple[weakref.ref[Tensor], int]] = []
         self._arm()
 
-    def _track(self) -> None:
+    def _track_blocks(self, groups: list[dict[str, Any]], flat: set[str]) -> dict[str, TrackedBlock]:
+        """Blocks by name for these groups; the layers named in ``flat`` get diagonal ones."""
         options = self._options
         block_options = BlockOptions(
             options.damping_style,
@@ -123,8 +124,11 @@ class AttachedOptimizer(Optimizer):
             options.inverse_dtype,
             options.max_block_dim,
         )
-        assert self._model is not None
-        self._tracked = track(type(self).__name__, self._model, self.param_groups, block_options, self._flat)
+        return track(type(self).__name__, self._require_model(), groups, block_options, flat)
+
+    def _track(self) -> None:
+        options = self._options
+        self._tracked = self._track_blocks(self.param_groups, self._flat)
         self._census.reopen()
         if hasattr(self, "_collector"):
             self._collector.proven.clear()  # other modules may stand behind the names now

@@ -162,9 +162,7 @@ class Estimation:
         if error is not None:
             raise error
 
-    def _given_up(
-        self, states: dict[str, State], chosen: list[str], owners: list[int], me: int
-    ) -> FactorizationError | None:
+    def _given_up(self, states: dict[str, State], chosen: list[str], owners: list[int], me: int) -> FactorizationError | None:
         """What another rank raises just now: nobody is left waiting for it."""
         for name, owner in zip(chosen, owners):
             block = self.tracked[name].block

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-from kfac_opt.optim.tracking import TrackedBlock
 
 
 def by_number(state_dict: dict[str, Any], model: nn.Module | None, groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -59,49 +57,23 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def check_saved(
-    owner: str,
-    saved: dict[str, Any],
-    groups: list[dict[str, Any]],
-    options: Iterable[str],
-    blocks: Mapping[int, TrackedBlock],
-) -> None:
-    """Refuses a state that these blocks cannot go on with, before anything is changed.
+RETIRED = ("skipped", "sketch_damping", "input_sketch", "output_sketch")  # of an option there was: nothing depends on them
 
-    Args:
-        saved: keyed by number.
-        groups: the optimizer's own.
-        options: names that every group has.
-        blocks: by the id of their weight.
 
-    Raises:
-        ValueError: for the state of another optimizer, or one saved with other options.
-    """
-    if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in groups]:
-        return  # torch says so
-    for number, (given, own) in enumerate(zip(saved["param_groups"], groups)):
-        missing = sorted(set(options) & set(own) - set(given))  # torch adds to its defaults, but not to the groups
-        if missing:
-            raise ValueError(
-                f"load_state_dict: parameter group {number} of the saved state has no {missing}: it was not saved by "
-                f"{owner}. Start {owner} without it; load only the model's state."
-            )
-        if given["curvature"] != own["curvature"]:
-            continue  # blocks are made anew, as the saved groups say
-        for key, parameter in zip(given["params"], own["params"]):
-            state = saved["state"].get(key, {}).get("curvature")
-            entry = blocks.get(id(parameter))
-            if state is None or entry is None or (entry.module is not None and "diagonal" in state):
-                continue
-            expected = entry.block.init_state(torch.device("meta"))
-            wrong = sorted(k for k, v in expected.items() if k not in state or state[k].shape != v.shape)
-            if wrong:
-                raise ValueError(
-                    f"load_state_dict: the saved curvature of '{entry.name}' does not fit: {wrong[0]!r} is "
-                    f"{list(state[wrong[0]].shape) if wrong[0] in state else 'missing'}, expected "
-                    f"{list(expected[wrong[0]].shape)}. Build {owner} with the options that the state was saved with "
-                    "(damping_style, max_factor_dim, max_block_dim and the trainable parameters decide what is kept)."
-                )
+def in_current_form(state: Any) -> Any:
+    """The state of a parameter as this version writes it: without what is gone, with what older versions took for granted."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("curvature"), Mapping):
+        return state
+    curvature = {key: value for key, value in state["curvature"].items() if key not in RETIRED}
+    if "input_inverse" in curvature:
+        curvature.setdefault("refreshed_power", torch.ones((), dtype=torch.float64))
+    return {**state, "curvature": curvature}
+
+
+def has_diagonal(state: Any) -> bool:
+    """Whether this state of a layer's weight belongs to a diagonal block."""
+    curvature = state.get("curvature") if isinstance(state, Mapping) else None
+    return isinstance(curvature, Mapping) and "diagonal" in curvature
 
 
 def install_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -126,13 +98,10 @@ HOST_KEYS = (
 )
 
 
-RETIRED = ("skipped", "sketch_damping", "input_sketch", "output_sketch")  # of an option there was: nothing depends on them
-
-
 def copied(value: Any, device: torch.device, name: str = "") -> Any:
     """A deep copy on the device of the parameter; what is read at every step stays on the CPU."""
     if isinstance(value, dict):
-        return {key: copied(part, device, str(key)) for key, part in value.items() if key not in RETIRED}
+        return {key: copied(part, device, str(key)) for key, part in value.items()}
     if isinstance(value, Tensor):
         return value.detach().to("cpu" if name in HOST_KEYS else device, copy=True)
     return value

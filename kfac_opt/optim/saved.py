@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from kfac_opt.optim.accepted import check_form, check_groups, check_parameter
 from kfac_opt.optim.attached import AttachedOptimizer
-from kfac_opt.optim.loading import by_number, check_saved, install_saved
+from kfac_opt.optim.loading import by_number, has_diagonal, in_current_form, install_saved
+from kfac_opt.optim.tracking import TrackedBlock
 
 
 class SavedOptimizer(AttachedOptimizer):
@@ -35,23 +38,61 @@ class SavedOptimizer(AttachedOptimizer):
         """Loads a ``state_dict``: tensors are copied and keep their dtypes; pending passes are dropped.
 
         Parameter names (as distributed checkpoints write them) and numbers are both understood.
+
+        Raises:
+            ValueError, TypeError: for what would fail or poison later (missing keys, wrong shapes or dtypes, unknown words,
+                NaN), with the name of the key; the optimizer is as it was.
         """
         seen: list[dict[str, Any]] = []
 
-        def check(_: Optimizer, given: dict[str, Any]) -> None:
-            blocks = {id(entry.weight): entry for entry in self._tracked.values()} if self._model is not None else {}
-            check_saved(type(self).__name__, given, self.param_groups, self.defaults, blocks)
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            check_form(given)
+            given = {**given, "state": {key: in_current_form(state) for key, state in given["state"].items()}}
+            self._check_saved(given)
             seen.append(given)
+            return given
 
         # Last of the pre-hooks, so that it sees what the others made; first of the post-hooks, so that they see
         # our tensors and not torch's, which are cast to the dtype of the parameter.
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(lambda _: self._install(seen[-1]), prepend=True)
+        check_form(state_dict)
         try:
             super().load_state_dict(by_number(state_dict, self._model, self.param_groups))
         finally:
             before.remove()
             after.remove()
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        """Raises for a state that cannot be gone on with, before anything is changed."""
+        groups, owner = saved["param_groups"], type(self).__name__
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            return  # torch says so
+        check_groups(owner, groups, self.param_groups, self.defaults)
+        for group in groups:
+            self._check_values(group)
+        members = [(key, p) for given, own in zip(groups, self.param_groups) for key, p in zip(given["params"], own["params"])]
+        states = {id(parameter): saved["state"][key] for key, parameter in members if key in saved["state"]}
+        blocks = self._blocks_of(groups, states) if self._model is not None else {}
+        names = {id(p): name for name, p in self._model.named_parameters()} if self._model is not None else {}
+        for key, parameter in members:
+            if id(parameter) in states:
+                name = names.get(id(parameter), str(key))
+                check_parameter(owner, name, states[id(parameter)], parameter, blocks.get(id(parameter)))
+
+    def _blocks_of(self, groups: list[dict[str, Any]], states: dict[int, Any]) -> dict[int, TrackedBlock]:
+        """The blocks that a saved state belongs to, by the id of their weight: the saved groups say of which kind."""
+        kinds = [{**own, "curvature": given["curvature"]} for own, given in zip(self.param_groups, groups)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are named when the state is loaded
+            whole = self._track_blocks(kinds, set())
+            flat = {
+                name
+                for name, entry in whole.items()
+                if entry.module is not None and has_diagonal(states.get(id(entry.weight)))
+            }
+            found = self._track_blocks(kinds, flat) if flat else whole
+        return {id(entry.weight): entry for entry in found.values()}
 
     def _install(self, saved: dict[str, Any]) -> None:
         install_saved(self, saved)
@@ -60,11 +101,12 @@ class SavedOptimizer(AttachedOptimizer):
             self._base_seed = int(seeds[0])
         if self._model is None:
             return
+        self._flat.clear()
         self._retrack_flat([])  # the saved groups say which curvature they have
         flat = [
             name
             for name, entry in self._tracked.items()
-            if entry.module is not None and "diagonal" in self.state.get(entry.weight, {}).get("curvature", {})
+            if entry.module is not None and has_diagonal(self.state.get(entry.weight))
         ]
         if flat:
             self._retrack_flat(flat)

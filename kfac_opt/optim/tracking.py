@@ -18,7 +18,7 @@ from kfac_opt.curvature.kronecker import DampingStyle, KroneckerBlock
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
 from kfac_opt.layers.linear import LinearAdapter
 
-USER_LINE = 7  # frames between a warning and the call of the optimizer's constructor
+USER_LINE = 8  # frames between a warning and the call of the optimizer's constructor
 
 
 @dataclass

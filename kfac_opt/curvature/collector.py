@@ -99,7 +99,7 @@ class Collector:
         self._running = _Running()
         self._pass_index = 0
         self._said_grouping = False
-        self._watch = LossWatch(likelihood)
+        self._watch = LossWatch(likelihood, outputs)
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _let_go, id(self), self._handles)
 
@@ -241,8 +241,8 @@ class Collector:
         self._group_rows(current, logits.shape[0])
         if not current.masked:
             self._take_inputs(current)
-        self._watch.attach(logits)
         self._collect(current, logits, mask)
+        self._watch.attach(logits, mask, output)  # now: hooks are to see the gradients of the loss alone
 
     def _own_parameters(self, name: str) -> list[nn.Parameter | None]:
         """Weight and bias of a layer's block, None for one that is frozen."""
@@ -420,6 +420,11 @@ class Collector:
             if any(key != "input" for key in statistics.sums) or statistics.examples:
                 self.pending.statistics.setdefault(name, Statistics()).merge(statistics)
 
+    @property
+    def watching(self) -> bool:
+        """Whether the loss of these passes is held against the likelihood."""
+        return self._watch.waiting
+
     # -- handing over -------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -433,9 +438,14 @@ class Collector:
         self._settle()
         return self.dropped
 
-    def take(self) -> Pending:
-        """Everything since the last step; starts anew."""
+    def take(self, *, gradients_came: bool = False) -> Pending:
+        """Everything since the last step; starts anew.
+
+        Args:
+            gradients_came: whether there was a backward, for what is to be said of the loss.
+        """
         self._settle()
+        self._watch.settle(gradients_came=gradients_came)
         taken = self.pending
         if taken.open:
             self.missed.add("no backward")

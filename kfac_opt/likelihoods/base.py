@@ -77,6 +77,17 @@ class Likelihood(ABC):
         """What about the loss's output gradients cannot come from this likelihood, in words, or None."""
         return None
 
+    def remedy(self, outputs: Tensor, gradients: Tensor) -> str:
+        """What to choose instead where :meth:`contradiction` found something, as a sentence without its full stop."""
+        return "Choose likelihood='categorical', 'bernoulli' or 'gaussian' to match"
+
+    def silent_terms(self, outputs: Tensor, gradients: Tensor) -> tuple[int, int]:
+        """Number of terms whose gradient is exactly zero although their label is in doubt, and number of all terms.
+
+        Only a loss that leaves a term out does that. ``(0, 0)`` where it cannot be told.
+        """
+        return 0, 0
+
     def _check_floating(self, outputs: Tensor) -> None:
         if not isinstance(outputs, Tensor):
             raise TypeError(

@@ -160,11 +160,37 @@ class Categorical(Likelihood):
         total, size = (g.sum(dim).abs() * counts).sum(), (g.abs().sum(dim) * counts).sum()
         lost = g.shape[dim] * counts.sum() * underflow(gradients.dtype)  # entries may have vanished
         if bool(size > 0) and bool(total > slack(gradients.dtype) * size + lost):
+            other = self._other_dimension(outputs, gradients)
+            where = "" if other is None else f"; it does along dimension {other}, where the loss has its classes"
             return (
-                "the output gradient of a cross-entropy sums to zero over the classes, that of this loss does not "
-                f"(|sum| / sum of |entries| = {float(total / size):.2g})"
+                f"the output gradient of a cross-entropy sums to zero over the classes (dimension {dim} of "
+                f"{list(outputs.shape)}), that of this loss does not (|sum| / sum of |entries| = {float(total / size):.2g})"
+                f"{where}"
             )
         return None
+
+    def remedy(self, outputs: Tensor, gradients: Tensor) -> str:
+        other = self._other_dimension(outputs, gradients)
+        return super().remedy(outputs, gradients) if other is None else f"Choose likelihood=Categorical(class_dim={other})"
+
+    def _other_dimension(self, outputs: Tensor, gradients: Tensor) -> int | None:
+        """Another dimension than that of the classes along which the gradient sums to zero, as only theirs does."""
+        g = widened(gradients.detach())
+        for dim in range(1, outputs.dim()):
+            total, size = g.sum(dim).abs().sum(), g.abs().sum()
+            if dim != self.dimension(outputs) and outputs.shape[dim] > 1 and bool(total <= slack(gradients.dtype) * size):
+                return dim
+        return None
+
+    def silent_terms(self, outputs: Tensor, gradients: Tensor) -> tuple[int, int]:
+        dim, level = self.dimension(outputs), certain_margin(gradients.dtype)
+        largest = gradients.detach().abs().amax(dim)
+        if not bool(level * largest.max() > 4 * underflow(gradients.dtype)):
+            return 0, 0  # the gradient of a term may have vanished
+        p = torch.softmax(widened(outputs.detach()), dim=dim)
+        if bool(((gradients == 0) & (p > level) & (largest > 0).unsqueeze(dim)).any()):
+            return 0, 0  # a loss at another temperature, whose terms may be certain
+        return int(((largest == 0) & (p.amax(dim) < 1 - level)).sum()), largest.numel()
 
 
 def _tiny(reference: Tensor) -> float:

@@ -146,7 +146,7 @@ class CurvatureOptimizer(SavedOptimizer):
         if due:
             self._refuse_unusable(due)
             self._broken_off = True
-            pending = self._collector.take()
+            pending = self._collector.take(gradients_came=self._collector.watching and self._any_gradient())
             self._say_uncounted(pending)
             self._flatten_unused(due, pending)
         self._estimation.advance(self._states(), pending, step, groups, self._damping)

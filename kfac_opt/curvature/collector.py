@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -24,6 +25,7 @@ from kfac_opt.curvature.hooks import WeakHook, active_calls, is_transformed
 from kfac_opt.curvature.passes import Missed, Pass, Pending, Seen
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.proof import Evidence, verdicts
+from kfac_opt.curvature.rounding import Rounding
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.curvature.watch import LossWatch
 from kfac_opt.layers import has_own_forward
@@ -99,6 +101,7 @@ class Collector:
         self._running = _Running()
         self._pass_index = 0
         self._said_grouping = False
+        self.rounding = Rounding()
         self._watch = LossWatch(likelihood, outputs)
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _let_go, id(self), self._handles)
@@ -325,6 +328,7 @@ class Collector:
             generator=generator,
         )
         with full_precision(logits.device):
+            columns = self._look_for_rounding(current, logits, columns, alone)
             for column in columns:
                 self._take_column(current, logits, column, alone)
         if current.masked:
@@ -332,6 +336,28 @@ class Collector:
         if self._finite(current):
             self.pending.num_terms += current.num_terms
             self._keep(current)
+
+    def _look_for_rounding(
+        self, current: Pass, logits: Tensor, columns: Iterator[Tensor], alone: list[Tracked]
+    ) -> Iterator[Tensor]:
+        """Finds blocks whose gradients are rounding, with the first of the columns; gives all of them back."""
+        edges = [(name, edge) for name, found in current.edges.items() for edge in found]
+        owners = [name for name, _ in edges] + [tracked.name for tracked in alone]
+        column = next(columns, None) if self.rounding.due(owners) else None
+        if column is None:
+            return columns
+
+        def pull(column: Tensor, receive: Callable[[int, Tensor], None]) -> None:
+            large = current.output_bytes >= ONE_BY_ONE_BYTES
+            weights = [tracked.weight for tracked in alone]
+            found = read_gradients(logits, [edge for _, edge in edges], weights, column, receive, one_by_one=large)
+            for number, gradient in enumerate(found, start=len(edges)):
+                if gradient is not None:
+                    receive(number, gradient)
+
+        with self._naming_hidden():
+            self.rounding.look(pull, column, owners)
+        return chain([column], columns)
 
     def _take_column(self, current: Pass, logits: Tensor, column: Tensor, alone: list[Tracked]) -> None:
         """One column of output gradients; the first of a pass also proves layers."""
@@ -372,7 +398,10 @@ class Collector:
             for tracked, gradient in zip(alone, found):
                 if gradient is not None:
                     statistics = current.statistics.setdefault(tracked.name, Statistics())
-                    tracked.block.add_output(statistics, [], [gradient], None)
+                    tracked.block.add_output(statistics, [], self._without_rounding(tracked.name, [gradient]), None)
+
+    def _without_rounding(self, name: str, gradients: list[Tensor]) -> list[Tensor]:
+        return [torch.zeros_like(gradient) for gradient in gradients] if name in self.rounding.noise else gradients
 
     @contextmanager
     def _naming_hidden(self) -> Iterator[None]:
@@ -392,7 +421,7 @@ class Collector:
         arrivals = zip(current.calls[name], gradients)
         pairs = [(call, call.output_gradient(g.detach())) for call, g in arrivals if g is not None]
         if pairs:
-            calls, arrived = [call for call, _ in pairs], [g for _, g in pairs]
+            calls, arrived = [call for call, _ in pairs], self._without_rounding(name, [g for _, g in pairs])
             block = self._due[name].block
             if current.masked and block.adapter is not None:
                 for call, gradient in pairs:

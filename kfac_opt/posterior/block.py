@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from kfac_opt.layers.layout import MatrixLayout
 from kfac_opt.linalg import pi_correction
 
 PosteriorDamping = Literal["exact", "factored"]
+DAMAGED = "The file is damaged or was changed: make the posterior again, or load an earlier file."
 
 
 @dataclass(frozen=True)
@@ -169,16 +170,56 @@ class PosteriorBlock:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PosteriorBlock:
-        """The block that :meth:`state_dict` wrote down."""
+        """The block that :meth:`state_dict` wrote down.
+
+        Raises:
+            ValueError: for what is missing, and for what could not be drawn from.
+        """
+        layout = _checked(state)
         return cls(
             weight=state["weight"],
             bias=state["bias"],
-            layout=MatrixLayout(**{**state["layout"], "weight_shape": tuple(state["layout"]["weight_shape"])}),
+            layout=layout,
             form=SpectralForm(state["output_basis"], state["input_basis"], state["eigenvalues"]),
             width=Width(state["ess"], state["prior_precision"], state["floor"]),
             damping=state["damping"],
             constant=state.get("constant"),
         )
+
+
+def _checked(state: dict[str, Any]) -> MatrixLayout:
+    """The layout of a saved block, if everything beside it can be used."""
+    where = f"Posterior: the saved block of {state.get('weight')!r}"
+    needed = {"weight", "bias", "layout", "output_basis", "input_basis", "eigenvalues", "damping", "ess", "prior_precision"}
+    missing = sorted({*needed, "floor"} - state.keys())
+    if missing:
+        raise ValueError(f"{where} lacks {missing}. {DAMAGED}")
+    if state["damping"] not in get_args(PosteriorDamping):
+        raise ValueError(
+            f"{where}: damping must be one of {list(get_args(PosteriorDamping))}, got {state['damping']!r}. {DAMAGED}"
+        )
+    try:
+        layout = MatrixLayout(**{**state["layout"], "weight_shape": tuple(state["layout"]["weight_shape"])})
+        groups, out_dim, in_dim = layout.shape
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: {state['layout']!r} is no layout ({error}). {DAMAGED}") from error
+    expected = {
+        "eigenvalues": (groups, out_dim, in_dim),
+        "output_basis": (groups, out_dim, out_dim),
+        "input_basis": (groups, in_dim, in_dim),
+    }
+    for key, shape in expected.items():
+        value = state[key]
+        if value is None and key != "eigenvalues":
+            continue
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{where}: {key!r} is {found}, its layout says {list(shape)}. {DAMAGED}")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{where}: {key!r} is not finite. {DAMAGED}")
+    if bool((state["eigenvalues"] < 0).any()):
+        raise ValueError(f"{where}: 'eigenvalues' has negative entries, so that there is no covariance. {DAMAGED}")
+    return layout
 
 
 def uncurved_block(name: str, parameter: Tensor, width: Width, constant: int | None = None) -> PosteriorBlock:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kfac_opt.layers.embedding import padding_rows
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
-from kfac_opt.posterior.block import PosteriorBlock, Width, uncurved_block
+from kfac_opt.posterior.block import DAMAGED, PosteriorBlock, Width, uncurved_block
+from kfac_opt.posterior.files import save_atomically
 from kfac_opt.posterior.noise import NoiseSource, add_noise
 from kfac_opt.wrappers import unwrapped
 
@@ -255,11 +256,15 @@ class Posterior:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Posterior:
+    def from_state_dict(cls, state: Mapping[str, Any], *, likelihood: Likelihood | None = None) -> Posterior:
         """The posterior that ``state_dict`` wrote down; its generator starts again from the saved seed.
 
+        Args:
+            likelihood: in place of the one described in ``state``: one of your own.
+
         Raises:
-            ValueError: if ``state`` is not the state of a posterior.
+            ValueError: if ``state`` is not the state of a posterior, or one that could not be drawn from (NaN, negative
+                eigenvalues, words and shapes that do not fit), with the name of the key.
         """
         if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
             keys = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
@@ -273,19 +278,42 @@ class Posterior:
                 f"Posterior: the state lacks {missing}, found {sorted(map(str, state))}. "
                 "Give the whole dict of posterior.state_dict()."
             )
+        for name, mean in state["mean"].items():
+            if not isinstance(mean, Tensor) or not bool(torch.isfinite(mean).all()):
+                raise ValueError(f"Posterior: the saved mean of '{name}' is no finite tensor. {DAMAGED}")
         return cls(
             state["mean"],
             [PosteriorBlock.from_state_dict(block) for block in state["blocks"]],
-            likelihood=cast("dict[str, object]", state["likelihood"]),
+            likelihood=cast("dict[str, object]", state["likelihood"]) if likelihood is None else likelihood,
             fixed=state["fixed"],
             seed=state["seed"],
             num_data=state["num_data"],
             log_likelihood=state["log_likelihood"],
         )
 
+    def _check_likelihood(self) -> None:
+        described = self.likelihood.describe()
+        try:
+            known = type(make_likelihood(described)) is type(self.likelihood)
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"Posterior.save: the likelihood {type(self.likelihood).__name__} describes itself as {described}, of which load() "
+                "could build no such likelihood. Save posterior.state_dict() with torch.save yourself, and read it with "
+                "Posterior.from_state_dict(state, likelihood=...)."
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything that is needed to draw and predict later; no optimizer, no code."""
-        torch.save(self.state_dict(), path)
+        """Writes everything that is needed to draw and predict later; no optimizer, no code.
+
+        Beside ``path`` first, then renamed: whoever is killed in between leaves the file that was there.
+
+        Raises:
+            ValueError: for a likelihood that :meth:`load` could not build again.
+        """
+        self._check_likelihood()
+        save_atomically(self.state_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Posterior:

@@ -299,9 +299,9 @@ class Posterior:
             known = False
         if not known:
             raise ValueError(
-                f"Posterior.save: the likelihood {type(self.likelihood).__name__} describes itself as {described}, of which load() "
-                "could build no such likelihood. Save posterior.state_dict() with torch.save yourself, and read it with "
-                "Posterior.from_state_dict(state, likelihood=...)."
+                f"Posterior.save: the likelihood {type(self.likelihood).__name__} describes itself as {described}, of "
+                "which load() could build no such likelihood. Save posterior.state_dict() with torch.save yourself, and "
+                "read it with Posterior.from_state_dict(state, likelihood=...)."
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,94 +1,193 @@
-"""Gradients at the outputs of layers, one by one as a backward pass reaches them."""
+"""Backward passes that nobody but the capture sees: no hook runs, and each gradient is given away as it comes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
-
-from kfac_opt.curvature.hooks import without_hooks
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Receive = Callable[[int, Tensor], None]
 
 
-def gradients_at(logits: Tensor, targets: Any, column: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of ``<column, logits>`` at edges and parameters; the graph stays, hooks of parameters do not run."""
-    with without_hooks(targets):
-        return torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
+class OutputGraph:
+    """The part of the graph between a model's logits and some edges, for any number of backward passes.
 
-
-def read_gradients(
-    logits: Tensor,
-    edges: Sequence[GradientEdge],
-    parameters: Sequence[nn.Parameter],
-    column: Tensor,
-    receive: Receive,
-    *,
-    one_by_one: bool,
-) -> tuple[Tensor | None, ...]:
-    """Like :func:`gradients_at`, each gradient at an edge given away as it comes.
-
-    Asking autograd for all of them returns all of them together: as much memory as the outputs of all layers (for a
-    ResNet18 of batch 64 with its BatchNorm layers 310 MB). One by one only edges without another one beneath them are asked
-    for; the others lie on the way, are read as the pass comes by, and no gradient outlives its turn. That takes 0.2-0.4 ms
-    more, which small models notice.
+    ``torch.autograd.grad`` would run whatever hooks the user put on tensors, nodes and modules in between: on gradients of
+    labels that the user never saw, and a second time. Here every node is called by itself, in the order in which the engine
+    would take them. A node is called inside a backward pass of the engine over the same edges, since it is from there that
+    it knows which of its gradients nobody wants: the products for weights are left out.
 
     Args:
-        receive: ``receive(number of the edge, gradient)`` for each edge that the pass reaches.
+        logits: where the passes start; the graph stays as it is.
+        targets: edges, or parameters, whose gradients are wanted.
 
-    Returns:
-        The gradients at ``parameters``, None for those that the logits do not depend on.
+    Attributes:
+        executed: nodes that a pass calls, in their order.
+        leaves: all leaves that the logits depend on, by ``id``.
     """
-    assert logits.grad_fn is not None
-    passed = _above_others(logits.grad_fn, {edge.node for edge in edges}) if one_by_one else set()
-    handles, last = [], []
-    for number, edge in enumerate(edges):
-        if edge.node in passed:
-            handles.append(edge.node.register_prehook(_Reader(number, edge.output_nr, receive)))
-        else:
-            last.append((number, edge))
-    try:
-        found = gradients_at(logits, [*(edge for _, edge in last), *parameters], column)
-    finally:
-        for handle in handles:
-            handle.remove()
-    with torch.no_grad():
-        for (number, _), gradient in zip(last, found):
-            if gradient is not None:
-                receive(number, gradient)
-    return found[len(last) :]
 
+    def __init__(self, logits: Tensor, targets: Sequence[GradientEdge | Tensor]) -> None:
+        self.logits = logits
+        self.edges = [target if isinstance(target, GradientEdge) else get_gradient_edge(target) for target in targets]
+        self.start = get_gradient_edge(logits)
+        self._wanted: dict[Node, list[tuple[int, int]]] = {}
+        for number, edge in enumerate(self.edges):
+            self._wanted.setdefault(edge.node, []).append((number, edge.output_nr))
+        self._next: dict[Node, tuple[tuple[Node | None, int], ...]] = {}  # keeps the nodes alive: they compare by identity
+        self._leading = self._walk()
+        self.order = self._sorted()
+        self.executed = [node for node in self.order if any(child in self._leading for child, _ in self._next[node])]
+        self._called = set(self.executed)
 
-def _above_others(start: Node, nodes: set[Node]) -> set[Node]:
-    """Those of ``nodes`` from which the graph leads to another one of them."""
-    reaches: dict[Node, bool] = {}  # by nodes that are done; also keeps them alive, for they are compared by identity
-    stack = [start]
-    while stack:
-        node = stack[-1]
-        if node in reaches:
+    @property
+    def leaves(self) -> dict[int, Tensor]:
+        found = [node.variable for node in self._next if hasattr(node, "variable")]
+        return {id(leaf): leaf for leaf in found}
+
+    def _walk(self) -> set[Node]:
+        """Nodes from which the graph leads to a target, the targets themselves included."""
+        leading: set[Node] = set()
+        done: set[Node] = set()
+        stack = [self.start.node]
+        while stack:
+            node = stack[-1]
+            if node not in self._next:
+                self._next[node] = children = node.next_functions
+                todo = [child for child, _ in children if child is not None and child not in self._next]
+                if todo:
+                    stack += todo
+                    continue
             stack.pop()
-            continue
-        children = [child for child, _ in node.next_functions if child is not None]
-        todo = [child for child in children if child not in reaches]
-        if todo:
-            stack += todo
-            continue
-        reaches[node] = any(reaches[child] or child in nodes for child in children)
-        stack.pop()
-    return {node for node in nodes if reaches.get(node, False)}
+            if node in done:
+                continue
+            done.add(node)
+            if node in self._wanted or any(child in leading for child, _ in self._next[node]):
+                leading.add(node)
+        return leading
+
+    def _sorted(self) -> list[Node]:
+        """Topological, and of the nodes that are ready the one made last first: sums are formed in the engine's order."""
+        waiting: dict[Node, int] = {}
+        for node in self._leading:
+            for child, _ in self._next[node]:
+                if child in self._leading:
+                    waiting[child] = waiting.get(child, 0) + 1
+        ready: list[tuple[int, int, Node]] = []
+        order: list[Node] = []
+        if self.start.node in self._leading:
+            heappush(ready, (0, 0, self.start.node))
+        while ready:
+            node = heappop(ready)[2]
+            order.append(node)
+            for child, _ in self._next[node]:
+                if child not in self._leading:
+                    continue
+                waiting[child] -= 1
+                if waiting[child] == 0:
+                    heappush(ready, (-child._sequence_nr(), len(order) * 2**20 + len(ready), child))
+        return order
+
+    def pull(self, column: Tensor, receive: Receive) -> None:
+        """One pass of ``<column, logits>``: ``receive(number of the target, gradient)`` for each that it reaches."""
+        if not self.order:
+            return
+        arrived: list[Tensor | None] = [column]
+
+        def run() -> None:
+            self._run(arrived.pop(), receive)
+
+        with torch.enable_grad(), _without_anomaly_mode():
+            gate = _Gate.apply(self.logits, run)
+            with suppress(_Finished):
+                torch.autograd.grad(gate, self.edges, torch.zeros_like(gate), retain_graph=True, allow_unused=True)
+
+    def _run(self, column: Tensor | None, receive: Receive) -> None:
+        inbox: dict[Node, dict[int, Tensor | None]] = {self.start.node: {self.start.output_nr: column}}
+        del column
+        for node in self.order:
+            arrived = inbox.pop(node, None)
+            if arrived is None:
+                continue
+            for number, output_nr in self._wanted.get(node, ()):
+                gradient = arrived.get(output_nr)
+                if gradient is not None:
+                    receive(number, gradient)
+                    del gradient
+            if node not in self._called:
+                continue
+            for (child, input_nr), gradient in zip(*self._call(node, arrived)):
+                if gradient is None or child not in self._leading:
+                    continue
+                assert child is not None
+                gradient = _as_expected(gradient, child._input_metadata[input_nr])  # type: ignore[attr-defined]
+                box = inbox.setdefault(child, {})
+                before = box.get(input_nr)
+                box[input_nr] = gradient if before is None else before + gradient
+            del arrived
+
+    def _call(self, node: Node, arrived: dict[int, Tensor | None]) -> tuple[Sequence[tuple[Node | None, int]], Sequence[Any]]:
+        """Next edges of a node, and the gradients that it sends along them."""
+        expected = node._input_metadata  # type: ignore[attr-defined]
+        arguments = [arrived.get(number) for number in range(len(expected))]
+        children = self._next[node]
+        if not isinstance(node, BackwardCFunction):
+            found = node(*arguments)  # type: ignore[operator]
+            return children, found if isinstance(found, tuple) else (found,)
+        # A Function gives one gradient for each argument of its forward, tensor or not; it has edges for tensors alone.
+        filled = [_zeros(meta) if g is None else g for g, meta in zip(arguments, expected)]
+        returned = node.apply(*filled)
+        returned = returned if isinstance(returned, tuple) else (returned,)
+        wanted = [g for g, needed in zip(returned, node.needs_input_grad) if needed]
+        return [edge for edge in children if edge[0] is not None], wanted
 
 
-class _Reader:
-    """A hook in front of a node, which reads one of the gradients that arrive there."""
+class _Finished(Exception):
+    """All gradients have been given away."""
 
-    def __init__(self, number: int, output_nr: int, receive: Receive) -> None:
-        self.number, self.output_nr, self.receive = number, output_nr, receive
 
-    @torch.no_grad()
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[self.output_nr]
-        if gradient is not None:
-            self.receive(self.number, gradient)
+class _Gate(torch.autograd.Function):
+    """Runs a function inside a backward pass of the engine, and ends the pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, run: Callable[[], None]) -> Tensor:
+        ctx.run = run
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.no_grad():
+            ctx.run()
+        raise _Finished
+
+
+def _zeros(meta: Any) -> Tensor:
+    return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+
+
+def _as_expected(gradient: Tensor, meta: Any) -> Tensor:
+    """The gradient in the shape and dtype of the tensor that it belongs to, as the engine would hand it on."""
+    if meta.is_nested_tensor:
+        return gradient
+    if gradient.shape != meta.shape:
+        gradient = gradient.sum_to_size(meta.shape)
+    if gradient.dtype != meta.dtype:
+        if gradient.is_complex() and not meta.dtype.is_complex:
+            gradient = gradient.real
+        gradient = gradient.to(meta.dtype)
+    return gradient
+
+
+@contextmanager
+def _without_anomaly_mode() -> Iterator[None]:
+    """Anomaly mode reports every exception in a backward pass, the one that ends ours as well."""
+    if not torch.is_anomaly_enabled():
+        yield
+        return
+    with torch.autograd.set_detect_anomaly(False):
+        yield

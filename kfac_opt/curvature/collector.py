@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from kfac_opt.curvature.backward import read_gradients
+from kfac_opt.curvature.backward import OutputGraph
 from kfac_opt.curvature.block import Call, CurvatureBlock, State, Statistics
 from kfac_opt.curvature.edges import output_edge
 from kfac_opt.curvature.grouping import all_different, group_rows
@@ -25,6 +25,7 @@ from kfac_opt.curvature.hooks import WeakHook, active_calls, is_transformed
 from kfac_opt.curvature.passes import Missed, Pass, Pending, Seen
 from kfac_opt.curvature.precision import full_precision
 from kfac_opt.curvature.proof import Evidence, verdicts
+from kfac_opt.curvature.repeatable import RepeatableGraph
 from kfac_opt.curvature.rounding import Rounding
 from kfac_opt.curvature.stance import hold_eager, release_eager
 from kfac_opt.curvature.watch import LossWatch
@@ -33,11 +34,10 @@ from kfac_opt.layers.embedding import EmbeddingAdapter
 from kfac_opt.likelihoods import Likelihood, output_gradients
 from kfac_opt.outputs import pick_logits
 
-ONE_BY_ONE_BYTES = 2**24  # of output gradients: from here on they are not held all at once
-
 FisherKind = Literal["mc", "exact", "empirical"]
-Foreign = Literal["forward", "uses", "tensors"]
-"""Why a layer is not the map of its adapter: a forward of its own, other uses of its weight, tensors without rows."""
+Foreign = Literal["forward", "uses", "tensors", "hidden"]
+"""Why a layer is not the map of its adapter: a forward of its own, other uses of its weight, tensors without rows, calls that
+hooks do not see."""
 
 
 class Tracked(Protocol):
@@ -190,7 +190,6 @@ class Collector:
         call = Call(x.detach(), (batch, shared), view)
         current.calls.setdefault(name, []).append(call)
         current.edges.setdefault(name, []).append(edge)
-        current.output_bytes += out.numel() * out.element_size()
         self._on_call(current, name, edge)
         if name in self._unproven:
             current.inputs.setdefault(name, []).append(Seen.of(x))
@@ -331,6 +330,7 @@ class Collector:
             columns = self._look_for_rounding(current, logits, columns, alone)
             for column in columns:
                 self._take_column(current, logits, column, alone)
+        current.graph = None
         if current.masked:
             self._take_inputs(current)
         if self._finite(current):
@@ -347,16 +347,9 @@ class Collector:
         if column is None:
             return columns
 
-        def pull(column: Tensor, receive: Callable[[int, Tensor], None]) -> None:
-            large = current.output_bytes >= ONE_BY_ONE_BYTES
-            weights = [tracked.weight for tracked in alone]
-            found = read_gradients(logits, [edge for _, edge in edges], weights, column, receive, one_by_one=large)
-            for number, gradient in enumerate(found, start=len(edges)):
-                if gradient is not None:
-                    receive(number, gradient)
-
-        with self._naming_hidden():
-            self.rounding.look(pull, column, owners)
+        graph = self._graph(current, logits, [*(edge for _, edge in edges), *(tracked.weight for tracked in alone)])
+        with self._naming_hidden(), graph.untouched():
+            self.rounding.look(graph.pull, column, owners)
         return chain([column], columns)
 
     def _take_column(self, current: Pass, logits: Tensor, column: Tensor, alone: list[Tracked]) -> None:
@@ -369,6 +362,9 @@ class Collector:
         held = set(current.held)
 
         def receive(number: int, gradient: Tensor) -> None:
+            if number >= len(owners):
+                found[number - len(owners)] = gradient
+                return
             name, index = owners[number]
             gradients = arrived.setdefault(name, [None] * len(current.edges[name]))
             gradients[index] = gradient
@@ -381,9 +377,10 @@ class Collector:
         parameters = [*(tracked.weight for tracked in alone), *targets]
         if not edges and not parameters:
             return  # the column before has shown that no layer is what it seemed
-        with self._naming_hidden():
-            large = current.output_bytes >= ONE_BY_ONE_BYTES
-            found = read_gradients(logits, edges, parameters, column, receive, one_by_one=large)
+        found: list[Tensor | None] = [None] * len(parameters)
+        graph = self._graph(current, logits, [*edges, *parameters])
+        with self._naming_hidden(), graph.untouched():
+            graph.pull(column, receive)
         with torch.no_grad():
             for name in {**arrived, **own}:
                 self._note(evidence, current, name, arrived.get(name, []))
@@ -402,6 +399,14 @@ class Collector:
 
     def _without_rounding(self, name: str, gradients: list[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(gradient) for gradient in gradients] if name in self.rounding.noise else gradients
+
+    def _graph(self, current: Pass, logits: Tensor, targets: list[Any]) -> RepeatableGraph:
+        """The graph from the logits to these targets, of which later columns leave some out."""
+        if current.graph is None or len(current.graph.graph.edges) != len(targets):
+            hidden = {name: self._due[name].weight for name in self.hidden if name in self._due and name not in current.calls}
+            current.graph = RepeatableGraph(self.root, OutputGraph(logits, targets), "curvature estimate", hidden)
+            current.graph.check()
+        return current.graph
 
     @contextmanager
     def _naming_hidden(self) -> Iterator[None]:

@@ -35,6 +35,13 @@ class EmpiricalCollector(Collector):
         on_gradient(get_gradient_edge(logits), LogitsArrival(current))
         self.pending.open.append(current)
 
+    def take(self, *, gradients_came: bool = False) -> Pending:
+        for name in self.hidden - self.fired:
+            gradient = self._due[name].weight.grad if name in self._due else None
+            if gradient is not None and bool(gradient.any()):
+                self.foreign[name] = "hidden"  # its gradient alone is there: a diagonal block can have it
+        return super().take(gradients_came=gradients_came)
+
     def _settle(self) -> None:
         """Turns passes whose backward arrived into sums."""
         waiting: list[Pass] = []

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def _inert(*args: object, **kwargs: object) -> None:
@@ -36,20 +35,6 @@ class WeakHook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_inert, ()
-
-
-@contextmanager
-def without_hooks(targets: Iterable[Any]) -> Iterator[None]:
-    """Hooks on parameters are for the user's gradients: here they would see others, and could change them."""
-    hooked = [target._backward_hooks for target in targets if isinstance(target, Tensor) and target._backward_hooks]
-    kept = [dict(hooks) for hooks in hooked]
-    for hooks in hooked:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, entries in zip(hooked, kept):
-            hooks.update(entries)
 
 
 def active_calls(module: nn.Module) -> int:

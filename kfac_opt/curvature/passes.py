@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from kfac_opt.curvature.block import Call, Statistics
+from kfac_opt.curvature.repeatable import RepeatableGraph
 from kfac_opt.curvature.taps import Taps
 
 Missed = Literal["paused", "transformed", "no gradients", "evaluation", "detached", "masked", "dropped", "no backward"]
@@ -49,7 +50,7 @@ class Pass:
     num_terms: int = 0
     num_inputs: int | None = None  # leading dimension of the model's input
     masked: bool = False  # rows without a gradient may be padding
-    output_bytes: int = 0  # of all calls together
+    graph: RepeatableGraph | None = None  # while the capture reads it
     scale: float | None = None  # empirical: factor of the user's output gradients, if it can be read off
 
 

@@ -177,7 +177,8 @@ class CurvatureOptimizer(SavedOptimizer):
         if hidden is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: layer '{hidden}' runs inside a reentrant checkpoint, which hides it from "
-                "hooks. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                "hooks. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or fisher='empirical', which gives such "
+                "layers diagonal blocks."
             )
 
     def _any_gradient(self) -> bool:
@@ -194,7 +195,9 @@ class CurvatureOptimizer(SavedOptimizer):
             describe_uncounted(type(self).__name__, pending.missed)
 
     def _hidden_layer(self, due: dict[str, TrackedBlock]) -> str | None:
-        """A layer with a gradient that ran where hooks do not see it, by name."""
+        """A layer with a gradient that ran where hooks do not see it, by name (the empirical Fisher can do with the gradient)."""
+        if self._options.fisher == "empirical":
+            return None
         for name in self._collector.hidden - self._collector.fired:
             gradient = due[name].weight.grad if name in due else None
             if gradient is not None and bool(gradient.any()):  # zeros are what zero_grad(set_to_none=False) leaves

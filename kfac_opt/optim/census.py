@@ -14,7 +14,7 @@ from kfac_opt.curvature.passes import Pending
 from kfac_opt.distributed import sum_over_ranks_
 from kfac_opt.optim.tracking import TrackedBlock
 
-REASONS: tuple[Foreign, ...] = ("forward", "uses", "tensors")
+REASONS: tuple[Foreign, ...] = ("forward", "uses", "tensors", "hidden")
 
 
 @dataclass

@@ -195,6 +195,8 @@ FOREIGN: dict[Foreign, str] = {
     "uses": "the weight of {} enters the outputs in ways that the calls of its module do not show (the weight used beside "
     "them or sliced, a derivative taken inside the model, a state carried from pass to pass)",
     "tensors": "{} takes or returns nested or sparse tensors, which no layer adapter reads",
+    "hidden": "{} runs with gradients disabled and yet has a gradient (a reentrant checkpoint, which use_reentrant=False would "
+    "open, or a torch.autograd.Function that runs layers in its backward)",
 }
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import weakref
 
-import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from kfac_opt import KFAC
-from kfac_opt.curvature import collector
-from kfac_opt.curvature.backward import gradients_at, read_gradients
+from kfac_opt.curvature.backward import OutputGraph
 
 
 class Branches(nn.Module):
@@ -43,19 +40,19 @@ def edges_of(model, x):
     return logits, edges
 
 
-@pytest.mark.parametrize("one_by_one", [True, False])
-def test_gradients_read_on_the_way_are_those_of_autograd(one_by_one):
+def test_gradients_read_on_the_way_are_those_of_autograd():
     torch.manual_seed(0)
     model = Branches()
     logits, edges = edges_of(model, torch.randn(5, 4))
     column = torch.randn(5, 3)
-    expected = gradients_at(logits, [*edges, model.gain], column)
+    targets = [*edges, model.gain]
+    expected = torch.autograd.grad(logits, targets, column, retain_graph=True, allow_unused=True)
+    graph = OutputGraph(logits, targets)
     for _ in range(2):  # nothing of the first time is left in the graph
         received: dict[int, torch.Tensor] = {}
-        alone = read_gradients(logits, edges, [model.gain], column, received.__setitem__, one_by_one=one_by_one)
-        assert torch.equal(alone[0], expected[-1])
-        found = [received.get(number) for number in range(len(edges))]
-        assert [gradient is None for gradient in found] == [gradient is None for gradient in expected[:-1]]
+        graph.pull(column, received.__setitem__)
+        found = [received.get(number) for number in range(len(targets))]
+        assert [gradient is None for gradient in found] == [gradient is None for gradient in expected]
         assert any(gradient is None for gradient in found)  # the layer apart
         assert all(torch.equal(a, b) for a, b in zip(found, expected) if a is not None)
     logits.sum().backward()
@@ -73,25 +70,9 @@ def test_no_gradient_outlives_its_turn():
         most.append(sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(gradient.untyped_storage()))
 
-    read_gradients(logits, edges, [], torch.randn(3, 7), receive, one_by_one=True)
+    OutputGraph(logits, edges).pull(torch.randn(3, 7), receive)
     assert len(most) == 6
     assert max(most) <= 1
-
-
-def test_factors_do_not_depend_on_how_gradients_are_read(monkeypatch):
-    """A layer called twice, one that is not used, several columns, EKFAC's scales."""
-    found = []
-    for limit in (0, 2**40):
-        monkeypatch.setattr(collector, "ONE_BY_ONE_BYTES", limit)
-        torch.manual_seed(0)
-        model = Branches()
-        optimizer = KFAC(model, curvature="eigenbasis", fisher="exact")
-        for _ in range(2):
-            torch.nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append([view.to_dense() for view in (optimizer.curvature[n] for n in ("first", "left", "right", "last"))])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_an_error_while_reading_leaves_no_hooks_behind():
@@ -104,7 +85,7 @@ def test_an_error_while_reading_leaves_no_hooks_behind():
         raise KeyError("reading failed")
 
     try:
-        read_gradients(logits, edges, [], torch.ones(2, 3), receive, one_by_one=True)
+        OutputGraph(logits, edges).pull(torch.ones(2, 3), receive)
     except KeyError:
         calls.append(-1)
     logits.sum().backward()

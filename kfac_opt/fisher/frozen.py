@@ -139,18 +139,27 @@ class FrozenModel:
         return {name: self.parameters[name] for block in self.blocks for name in block.parameters}
 
     def forward(self, batch: Batch, parameters: Parameters | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits and mask (or None) of a batch; ``parameters`` replace the kept ones of the same name."""
+        """Logits and mask (or None) of a batch; ``parameters`` replace the kept ones of the same name.
+
+        Gradients are on inside, whatever they are outside: a model may take some of its own (forces, residuals of differential
+        equations).
+        """
         if [module.training for module in self.module.modules()] != self.modes:
             raise RuntimeError(
                 f"{self.owner}: the model changed between training and evaluation mode since the matrix was made. "
                 "Put it back, or build a new one."
             )
         buffers = {name: value.clone() for name, value in self.buffers.items()}
-        values = self.parameters if parameters is None else {**self.parameters, **parameters}
+        values = self.parameters
+        if parameters is not None:  # the others are constants
+            values = {**{name: value.detach() for name, value in values.items()}, **parameters}
         args, kwargs = _arguments(batch.inputs)
-        with quiet(self.module), _differentiable_kernels(), torch.autocast(self.device.type, enabled=False):
+        detached = parameters is None and not torch.is_grad_enabled()
+        off = torch.autocast(self.device.type, enabled=False)
+        with quiet(self.module), _differentiable_kernels(), off, torch.enable_grad():
             returned = functional_call(self.module, (values, buffers), args, kwargs)
-        return pick_logits(returned, self.outputs)
+            logits, mask = pick_logits(returned, self.outputs)
+        return logits.detach() if detached else logits, mask
 
     def forward_without_randomness(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward`, refusing models that draw from the global generators; their states are put back."""
@@ -229,8 +238,11 @@ def pull_back(function: Callable[[Parameters], Tensor], values: Parameters) -> C
 
 
 def outside_torch_func(error: RuntimeError) -> bool:
-    """Whether the model holds a ``torch.autograd.Function`` of the older form, which ``torch.func`` cannot transform."""
-    return "setup_context" in str(error)
+    """Whether ``torch.func`` cannot transform the model.
+
+    It holds a ``torch.autograd.Function`` of the older form, or takes gradients of its own.
+    """
+    return any(words in str(error) for words in ("setup_context", "functorch transform", "does not require grad"))
 
 
 def _plain_pull_back(function: Callable[[Parameters], Tensor], values: Parameters) -> Callable[[Tensor], Parameters]:
@@ -240,6 +252,8 @@ def _plain_pull_back(function: Callable[[Parameters], Tensor], values: Parameter
         result = function(leaves)
 
     def pull(cotangent: Tensor) -> Parameters:
+        if not result.requires_grad:  # these parameters do not reach the outputs
+            return {name: torch.zeros_like(value) for name, value in leaves.items()}
         gradients = torch.autograd.grad(
             result, list(leaves.values()), cotangent, retain_graph=True, create_graph=cotangent.requires_grad, allow_unused=True
         )

@@ -216,6 +216,22 @@ class FisherMatrix:
             self._traces = {name: total.to(self.dtype) for name, total in totals.items()}
         return dict(self._traces)
 
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[P]``: of every parameter the mean squared entry of its rows (of EWC, Kirkpatrick et al. 2017).
+
+        The same for ``full`` and ``layer_wise``; summed in double precision over rows that are made in turn, so that it
+        takes no more memory than a product.
+        """
+        if isinstance(self._route, DenseRoute):
+            names = self.block_slices if self.is_layer_wise else [""]
+            return torch.cat([self._route.matrices[name].diagonal() for name in names])
+        total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for name, store in self.rows_by_block():
+                for rows in store.row_slices(max(1, self._source.work_bytes // 4)):
+                    total[self.block_slices[name]] += rows.square().sum(0)
+        return (total / self.num_terms).to(self.dtype)
+
     def to_dense(self) -> Tensor:
         """``[P, P]``; zero between the blocks of ``layer_wise``."""
         size = self.shape[0]

@@ -72,23 +72,23 @@ BUILDERS: dict[str, Builder] = {"sgd": _sgd, "adamw": _adamw, "muon": _muon, "so
 class MuonAndAdamW(torch.optim.Optimizer):
     """``torch.optim.Muon`` for the hidden weights, AdamW for the first and last layer, embeddings and vectors.
 
-    Convolutions are matrices ``[out_channels, rest]`` (Jordan et al. 2024); torch's Muon takes only matrices, so they are
-    handed over as views that share their storage.
+    Recurrent matrices are hidden weights. Convolutions are matrices ``[out_channels, rest]`` (Jordan et al. 2024); torch's
+    Muon takes only matrices, so they are handed over as views that share their storage.
     """
 
     def __init__(
         self, model: nn.Module, lr: float, adamw_lr: float = 3e-3, weight_decay: float = 0.1, momentum: float = 0.95
     ) -> None:
-        layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.RNNBase | nn.Embedding)]
         self._convolutions: list[tuple[nn.Parameter, nn.Parameter]] = []
         hidden: list[nn.Parameter] = []
         for layer in layers[1:-1]:
-            if isinstance(layer, nn.Linear):
-                hidden.append(layer.weight)
-            elif isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d):
                 matrix = nn.Parameter(layer.weight.detach().flatten(1))
                 self._convolutions.append((layer.weight, matrix))
                 hidden.append(matrix)
+            elif not isinstance(layer, nn.Embedding):
+                hidden.extend(p for p in layer.parameters(recurse=False) if p.ndim == 2)
         taken = {id(p) for p in hidden} | {id(weight) for weight, _ in self._convolutions}
         others = [p for p in model.parameters() if id(p) not in taken]
         self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=adamw_lr, weight_decay=0.01)]

@@ -150,6 +150,22 @@ def test_muon_moves_convolutions_as_matrices_and_leaves_the_rest_to_adamw():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("char_lstm", ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]),
+        ("fields", ["hidden.weight", "middle.weight"]),
+        ("lenet5", ["3.weight", "7.weight", "9.weight"]),
+        ("vit", [f"blocks.{i}.{name}.weight" for i in range(4) for name in ("attention.qkv", "attention.out", "up", "down")]),
+    ],
+)
+def test_muon_takes_the_hidden_weights(name, hidden):
+    net = TASKS[name].build_model(0)
+    _, muon = rivals.build("muon", net, {"lr": 0.1}, "categorical", 0)._parts
+    taken = {p.data_ptr() for p in muon.param_groups[0]["params"]}
+    assert [key for key, p in net.named_parameters() if p.data_ptr() in taken] == hidden
+
+
 @pytest.mark.parametrize("name", ["soap", "shampoo"])
 def test_a_missing_package_is_named_with_its_remedy(name, monkeypatch):
     for module in ("pytorch_optimizer", "distributed_shampoo.distributed_shampoo"):
@@ -204,7 +220,7 @@ def content():
 
 def test_scores_are_shares_of_adamws_steps_and_seconds(content):
     # windows of 20: the first whose mean of 2s and 0.5s is at most 1 starts at step 84, its middle is 94
-    table = report.scores(content, ["adamw", "kfac", "sgd"], ["digits_mlp", "fields"])
+    table = report.scores(content, ["digits_mlp", "fields"])
     assert table["kfac"]["steps"] == pytest.approx(94 / 200)
     assert table["kfac"]["seconds"] == pytest.approx(3 * 94 / 200)
     assert table["sgd"]["steps"] == report.NOT_REACHED
@@ -213,6 +229,10 @@ def test_scores_are_shares_of_adamws_steps_and_seconds(content):
     assert [table[name]["lowest_loss"] for name in table] == [0, 2, 0]
     assert [table[name]["fastest"] for name in table] == [2, 0, 2]
     assert [table[name]["error_near_best"] for name in table] == [2, 0, 0]
+    assert report.duels(content, "kfac", "adamw") == (2, 2)
+    del content["tasks"]["fields"]["kfac"]
+    assert report.scores(content, ["digits_mlp", "fields"])["kfac"]["tasks"] == 1
+    assert report.duels(content, "kfac", "sgd") == (1, 1)
 
 
 def test_report_is_made_of_the_kept_json_alone(content, tmp_path):

@@ -25,6 +25,13 @@ def pick_logits(output: Any, outputs: Callable[[Any], Any] | None = None) -> tup
             output, mask = output
     elif not isinstance(output, Tensor):
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) and _holds_losses(output):
+            raise TypeError(
+                f"the model returned {type(output).__name__} with the losses {sorted(output)}, expected logits: the Fisher "
+                "matrix belongs to the outputs that a loss is computed from. Keep them as the model computes them and pick "
+                "them: kept = {}; model.head.register_forward_hook(lambda module, inputs, output: kept.update(logits=output)) "
+                "for the module that returns them, and outputs=lambda losses: kept['logits']."
+            )
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"the model returned {type(output).__name__}, expected a tensor of logits or an object with `.logits`. "
@@ -32,3 +39,9 @@ def pick_logits(output: Any, outputs: Callable[[Any], Any] | None = None) -> tup
             )
         output = logits
     return output, mask
+
+
+def _holds_losses(output: Any) -> bool:
+    """A dict of scalars with gradients, as detectors return while they train."""
+    values = list(output.values()) if isinstance(output, dict) else []
+    return bool(values) and all(isinstance(value, Tensor) and value.dim() == 0 for value in values)

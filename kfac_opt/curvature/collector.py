@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
+from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from kfac_opt.curvature.backward import OutputGraph
@@ -28,11 +29,14 @@ from kfac_opt.curvature.proof import Evidence, verdicts
 from kfac_opt.curvature.repeatable import RepeatableGraph
 from kfac_opt.curvature.rounding import Rounding
 from kfac_opt.curvature.stance import hold_eager, release_eager
+from kfac_opt.curvature.taps import accumulators
 from kfac_opt.curvature.watch import LossWatch
 from kfac_opt.layers import has_own_forward
 from kfac_opt.layers.embedding import EmbeddingAdapter
 from kfac_opt.likelihoods import Likelihood, output_gradients
 from kfac_opt.outputs import pick_logits
+
+LOOKS_BEHIND = 8  # passes whose inputs carry a graph, until it is taken to be another model's
 
 FisherKind = Literal["mc", "exact", "empirical"]
 Foreign = Literal["forward", "uses", "tensors", "hidden"]
@@ -102,6 +106,7 @@ class Collector:
         self._pass_index = 0
         self._said_grouping = False
         self.rounding = Rounding()
+        self._left_behind = 0 if fisher == "empirical" else LOOKS_BEHIND  # whose gradients come through all calls at once
         self._watch = LossWatch(likelihood, outputs)
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _let_go, id(self), self._handles)
@@ -152,7 +157,28 @@ class Collector:
         reason = self._why_not(module)
         if reason is not None:
             self.missed.add(reason)
+        if reason is None:
+            self._look_behind((args, kwargs))
         running.current = Pass(num_inputs=_leading_dim([*args, *kwargs.values()])) if reason is None else None
+
+    def _look_behind(self, inputs: Any) -> None:
+        """Says once that a pass depends on the parameters through its inputs: through the passes before it."""
+        if self._left_behind == 0:
+            return
+        leaves = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        if not leaves:
+            return
+        self._left_behind -= 1
+        own = {id(parameter) for parameter in self.root.parameters()}
+        if any(id(leaf) in own for _, _, leaf in accumulators(cast(Node, leaf.grad_fn) for leaf in leaves)):
+            self._left_behind = 0
+            warnings.warn(
+                "the input of the model carries a graph that leads to the model's own parameters (a state or an output of an "
+                "earlier call). The Fisher matrix takes each call for a pass of its own, and layers whose outputs depend on "
+                "earlier calls get less curvature than they have, or diagonal blocks. Put the loop over the calls into the "
+                "forward of one module and build the optimizer with that, or detach() what is carried.",
+                stacklevel=2,
+            )
 
     def _why_not(self, module: nn.Module) -> Missed | None:
         """Why a pass that begins now does not count, or None."""
@@ -530,7 +556,8 @@ def _irregular(tensor: Tensor) -> bool:
 
 
 def _leading_dim(arguments: list[Any]) -> int | None:
-    return next((int(part.shape[0]) for part in arguments if isinstance(part, Tensor) and part.dim()), None)
+    dense = [part for part in arguments if isinstance(part, Tensor) and not part.is_nested]
+    return next((int(part.shape[0]) for part in dense if part.dim()), None)
 
 
 def _let_go(holder: int, handles: list[RemovableHandle]) -> None:

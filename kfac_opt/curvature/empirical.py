@@ -30,7 +30,7 @@ class EmpiricalCollector(Collector):
         proving = {name: self._own_parameters(name) for name in self._to_prove(current)}
         if proving and logits.grad_fn is not None:
             nodes = [edge.node for edges in current.edges.values() for edge in edges]
-            current.taps = Taps([logits.grad_fn, *nodes], proving)
+            current.taps = Taps([logits.grad_fn, *nodes], proving, self)
         current.edges = {}  # they would keep the graph of a pass without a backward
         on_gradient(get_gradient_edge(logits), LogitsArrival(current))
         self.pending.open.append(current)

@@ -11,16 +11,39 @@ import torch
 from torch import nn
 
 
-def _inert(*args: object, **kwargs: object) -> None:
+class _Hook:
+    """A hook that says what is the matter where torch.jit.script wants to compile it."""
+
+    remedy = ""
+
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script compiles a module's hooks with it and looks for their names first.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch.jit"):
+            raise RuntimeError(f"torch.jit.script cannot compile a model with the hooks of a curvature optimizer. {self.remedy}")
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '__name__'")
+
+
+class _Inert(_Hook):
     """What a hook becomes in a copied or unpickled model."""
+
+    remedy = (
+        "This model was copied with them on: copy it after optimizer.detach(), or take them off with 'for part in "
+        "model.modules(): part._forward_hooks.clear(); part._forward_pre_hooks.clear()'."
+    )
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        """Nothing."""
 
 
 def _make_inert() -> Callable[..., None]:
-    return _inert
+    return _Inert()
 
 
-class WeakHook:
+class WeakHook(_Hook):
     """Calls ``getattr(owner, method)(*bound, *args)`` while the owner lives; copies and pickles as an inert function."""
+
+    remedy = "Script the model before the optimizer is built or after optimizer.detach(); tracing and exporting work as ever."
 
     def __init__(self, owner: object, method: str, *bound: object) -> None:
         self._owner = weakref.ref(owner)

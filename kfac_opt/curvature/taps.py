@@ -19,9 +19,11 @@ class Taps:
     Args:
         starts: nodes from which the pass's graph is walked: those of its outputs.
         parameters: by name the parameters to watch.
+        owner: whose passes this is one of. Nodes that an earlier one has walked over are not its own: a state may carry
+            the graph of one pass into the next.
     """
 
-    def __init__(self, starts: Iterable[Node], parameters: Mapping[str, Sequence[nn.Parameter | None]]) -> None:
+    def __init__(self, starts: Iterable[Node], parameters: Mapping[str, Sequence[nn.Parameter | None]], owner: object) -> None:
         self.found: dict[str, list[Tensor | None]] = {name: [None] * len(members) for name, members in parameters.items()}
         places = {
             id(member): (name, index)
@@ -29,7 +31,7 @@ class Taps:
             for index, member in enumerate(members)
             if member is not None
         }
-        for node, number, parameter in accumulators(starts):
+        for node, number, parameter in accumulators(starts, mark=f"walked by {id(owner)}"):
             if id(parameter) in places:
                 node.register_hook(_Tap(self.found, *places[id(parameter)], number))
 
@@ -48,13 +50,21 @@ class _Tap:
             self.found[self.name][self.index] = gradient.clone() if before is None else before + gradient
 
 
-def accumulators(starts: Iterable[Node]) -> list[tuple[Node, int, Tensor]]:
-    """All edges of the graph that end in a leaf: the node, the number of the edge, and the leaf."""
+def accumulators(starts: Iterable[Node], mark: str | None = None) -> list[tuple[Node, int, Tensor]]:
+    """All edges of the graph that end in a leaf: the node, the number of the edge, and the leaf.
+
+    Args:
+        mark: written on every node; those that bear it already are left out, and what is behind them.
+    """
     found: list[tuple[Node, int, Tensor]] = []
     done: dict[Node, None] = dict.fromkeys(starts)  # keeps them alive: they are compared by identity
     stack = list(done)
     while stack:
         node: Any = stack.pop()
+        if mark is not None:
+            if mark in node.metadata:
+                continue
+            node.metadata[mark] = True
         for number, (child, _) in enumerate(node.next_functions):
             if child is None:
                 continue

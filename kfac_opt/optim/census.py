@@ -63,7 +63,7 @@ class Census:
             used, found.foreign, terms = self._agree(layers, due, pending, collector, group)
         if terms == 0:
             return Findings()
-        found.foreign = {name: reason for name, reason in found.foreign.items() if name in due and due[name].module is not None}
+        found.foreign = {name: found.foreign[name] for name in layers if name in found.foreign}
         if group is None or not self.settled:
             unused = [name for name in layers if name not in used and name not in found.foreign]
             found.unused = [name for name in unused if _has_gradient(due[name])]

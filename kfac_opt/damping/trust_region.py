@@ -197,6 +197,8 @@ def _cosine(parameters: list[Tensor], last_step: list[Tensor]) -> Tensor | None:
     device = gradients[0].device
     products = [torch.dot(g.flatten(), s.flatten()).to(device, torch.float32) for g, s in zip(gradients, steps)]
     norms = torch._foreach_norm([*gradients, *steps])
-    squares = torch.stack([norm.to(device, torch.float32) for norm in norms]).square().unflatten(0, (2, len(pairs)))
-    size = squares.sum(1).prod().sqrt()
-    return torch.where(size > 0, torch.stack(products).sum() / size.clamp_min(1e-38), torch.zeros_like(size))
+    sizes = torch.stack([norm.to(device, torch.float32) for norm in norms]).unflatten(0, (2, len(pairs))).norm(dim=1)
+    usable = (sizes > 0).all()
+    # One after the other: the product of two small sizes vanishes, that of two large ones overflows.
+    first, second = torch.where(usable, sizes, 1.0)
+    return torch.where(usable, torch.stack(products).sum() / first / second, 0.0)

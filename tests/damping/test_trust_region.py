@@ -193,3 +193,18 @@ def test_resuming_is_exact_wherever_it_was_saved(steps: int):
     assert train(again, other, resumed, x, y, 12) == expected
     assert expected != [0.1]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+def test_the_cosine_of_steps_of_any_size(size):
+    """Products of squares leave single precision from 1e-10 on: the cosine was 0."""
+    torch.manual_seed(0)
+    parameters = [torch.randn(5, 3).requires_grad_(), torch.randn(4).requires_grad_()]
+    for parameter in parameters:
+        parameter.grad = size * torch.randn_like(parameter)
+    step = [size * torch.randn_like(parameter) for parameter in parameters]
+    both = [torch.cat([part.double().flatten() / size for part in parts]) for parts in ([p.grad for p in parameters], step)]
+    expected = torch.nn.functional.cosine_similarity(*both, dim=0)
+    found = _cosine(parameters, step)
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)

@@ -92,7 +92,7 @@ def verdicts(evidence: Mapping[str, Evidence], gradients: Mapping[str, Sequence[
     """
     told: dict[str, bool] = {}
     numbers: list[Tensor] = []
-    owners: list[str] = []
+    owners: list[tuple[str, int]] = []
     for name, seen in evidence.items():
         found = gradients[name]
         if seen.unusable or found[0] is None:
@@ -102,11 +102,14 @@ def verdicts(evidence: Mapping[str, Evidence], gradients: Mapping[str, Sequence[
         else:
             part = seen.compare(found)
             numbers += part
-            owners += [name] * (len(part) // 4)
-    for name, (error, size, tolerance, noise) in zip(owners, _read(numbers)):
+            owners += [(name, number) for number in range(len(part) // 4)]
+    for (name, number), (error, size, tolerance, noise) in zip(owners, _read(numbers)):
         if not error < float("inf") or not size > noise:
             continue
-        told[name] = told.get(name, True) and error <= tolerance
+        if error > tolerance:
+            told[name] = False
+        elif number == 0:  # a bias alone does not prove the weight
+            told[name] = True
     return told
 
 

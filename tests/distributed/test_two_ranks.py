@@ -138,3 +138,10 @@ def test_sharded_linear_layers_are_right_or_refused_clearly(ranks):
             assert "'0.weight'" in found["refused"]
         else:
             assert_close(found["weights"], SCENARIOS["sharded"](None)["weights"])
+
+
+def test_a_use_of_a_weight_that_one_rank_finds_holds_for_all(ranks):
+    first, second = (found["hidden use"] for found in ranks)
+    assert list(first["blocks"]) == list(second["blocks"]) == ["inner.weight", "inner.bias", "head"]
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
+    assert float(first["blocks"]["inner.weight"].diagonal().sum()) > 0

@@ -229,6 +229,35 @@ def sampled(rank: int | None, curvature: str) -> dict[str, Any]:
     return {**results(model, optimizer), "losses": losses}
 
 
+class HiddenUse(nn.Module):
+    """The weight is used beside its module, where the input is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(10, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.head(torch.tanh(self.inner(x)) + F.linear(x, self.inner.weight).square())
+
+
+def hidden_use(rank: int | None) -> dict[str, Any]:
+    """The second rank's inputs are zero: it cannot tell, and does what the first one finds."""
+    from kfac_opt import KFAC
+
+    torch.manual_seed(0)
+    model = HiddenUse().to(DOUBLE)
+    net = model if rank is None else DistributedDataParallel(model)
+    optimizer = KFAC(model, **options())
+    for step in range(3):
+        x, y = batch(step)
+        x[len(x) // RANKS :] = 0.0
+        optimizer.zero_grad()
+        F.cross_entropy(net(share(x, rank)), share(y, rank)).backward()
+        optimizer.step()
+    return results(model, optimizer)
+
+
 def label_noise(rank: int | None) -> dict[str, Any]:
     """One example, the same on both ranks: the sum over ranks tells whether the sampled labels were equal."""
     from kfac_opt import KFAC
@@ -348,6 +377,7 @@ SCENARIOS: dict[str, Callable[[int | None], dict[str, Any]]] = {
     "sampled kronecker": lambda rank: sampled(rank, "kronecker"),
     "sampled eigenbasis": lambda rank: sampled(rank, "eigenbasis"),
     "labels": label_noise,
+    "hidden use": hidden_use,
     "resume": resume,
     "own group": own_group,
     "sharded": sharded,

@@ -330,6 +330,29 @@ def test_a_table_whose_gradient_torch_divides_by_frequencies_is_not_accused():
     assert list(optimizer.curvature) == ["0", "2"]
 
 
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_bias_alone_proves_nothing(fisher):
+    """The weight's use beside its module shows as soon as an input is not zero."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.inner(x)) + F.linear(x, self.inner.weight).square())
+
+    model = Beside()
+    optimizer = KFAC(model, fisher=fisher, factor_interval=1)
+    x, y = data(dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(optimizer, model, torch.zeros_like(x), y)
+    assert optimizer._collector.proven == {"head"}
+    with pytest.warns(UserWarning, match=WARNING.format("'inner'")):
+        train_step(optimizer, model, x, y)
+
+
 def test_a_proof_holds_until_the_layer_is_replaced():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     optimizer = KFAC(model)

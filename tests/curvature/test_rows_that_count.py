@@ -287,3 +287,23 @@ def test_reduced_token_frequencies_keep_double_precision():
     estimate(optimizer, model, tokens)
     frequencies = torch.nn.functional.one_hot(tokens, 5).double().mean(1)
     torch.testing.assert_close(optimizer.curvature["0"].input_factor, frequencies.square().mean(0), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_inputs_wait_for_the_gradients_only_under_a_mask(masked):
+    """Else checkpointing could not free them."""
+    model, waiting = mixing(), []
+    optimizer = bare_kfac(model)
+
+    def look(_module: nn.Module, _args: tuple[torch.Tensor, ...]) -> None:
+        waiting.append(sum(call.x.numel() for call in optimizer._collector._running.current.calls["inner"]))
+
+    for _ in range(2):  # the first pass is also held against the adapters
+        handle = model.head.register_forward_pre_hook(look)
+        with optimizer.masked(MASKS["triangle"]) if masked else contextlib.nullcontext():
+            logits = model(sequences())
+        handle.remove()
+        optimizer.zero_grad()
+        logits.sum().backward()
+        optimizer.step()
+    assert waiting[-1] == (sequences().numel() if masked else 0)

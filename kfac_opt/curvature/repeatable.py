@@ -8,7 +8,7 @@ The sampled and the exact Fisher matrix need a backward pass of their own over t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ WAY_OUT = (
     "Use fisher='empirical', which reads the gradients of your own backward and runs nothing twice (layers that it cannot see "
     "get diagonal blocks)"
 )
+MOST_NAMES = 3  # in one message
 UNPACKS_AGAIN = ("torch.autograd.graph", "torch.utils.checkpoint")
 """Modules whose hooks for saved tensors may be called any number of times: ``save_on_cpu``, checkpointing."""
 
@@ -37,10 +38,19 @@ class RepeatableGraph:
         graph: from the logits of a pass to what the capture wants.
         owner: for messages.
         hidden: by name the weights of layers that ran with gradients disabled in this pass.
+        way_out: what messages advise.
     """
 
-    def __init__(self, root: nn.Module, graph: OutputGraph, owner: str, hidden: Mapping[str, Tensor]) -> None:
-        self.root, self.graph, self.owner, self.hidden = root, graph, owner, hidden
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: OutputGraph,
+        owner: str,
+        hidden: Mapping[str, Tensor] | None = None,
+        *,
+        way_out: str = WAY_OUT,
+    ) -> None:
+        self.root, self.graph, self.owner, self.hidden, self.way_out = root, graph, owner, hidden or {}, way_out
         self.functions = [node for node in graph.executed if isinstance(node, BackwardCFunction) and not _is_module_hook(node)]
         self.unpacks = {id(unpack): unpack for node in graph.executed for unpack in _unpack_hooks(node)}.values()
         self.recomputes = any(_module_of(unpack) == "torch.utils.checkpoint" for unpack in self.unpacks)
@@ -68,14 +78,14 @@ class RepeatableGraph:
                 raise RuntimeError(
                     f"{self.owner}: saved tensors are packed and unpacked by hooks ('{name}' of "
                     "torch.autograd.graph.saved_tensors_hooks), and the estimate would unpack them once more, which your "
-                    f"backward may not survive. {WAY_OUT}; save_on_cpu and "
+                    f"backward may not survive. {self.way_out}; save_on_cpu and "
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False) are fine as well."
                 )
             if _is_selective(unpack):
                 raise RuntimeError(
                     f"{self.owner}: a checkpoint with a context_fn (selective activation checkpointing) keeps tensors that can "
                     "be read by one backward only, which would be the estimate's instead of yours. "
-                    f"{WAY_OUT}, or checkpoint without context_fn."
+                    f"{self.way_out}, or checkpoint without context_fn."
                 )
 
     def _refuse_hidden(self) -> None:
@@ -86,7 +96,7 @@ class RepeatableGraph:
         if reached:
             raise RuntimeError(
                 f"{self.owner}: {_listed(reached)} runs inside a torch.autograd.Function ({self._kinds()}), which hides it from "
-                f"hooks. {WAY_OUT}, or give its parameters a group with curvature='diagonal'."
+                f"hooks. {self.way_out}, or give its parameters a group with curvature='diagonal'."
             )
 
     def _kinds(self) -> str:
@@ -106,7 +116,7 @@ class RepeatableGraph:
         if changed:
             raise RuntimeError(
                 f"{self.owner}: the backward of a torch.autograd.Function ({', '.join(sorted(map(_name, changed)))}) overwrites "
-                f"tensors that it saved, so that it can run only once. {WAY_OUT}."
+                f"tensors that it saved, so that it can run only once. {self.way_out}."
             )
 
     # -- looking after ------------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ class RepeatableGraph:
             raise RuntimeError(
                 f"{self.owner}: a torch.autograd.Function ({self._kinds()}) calls backward() inside its backward and so adds to "
                 f"the gradients of {_listed(written)}. The backward pass of the estimate would add to them once more. "
-                f"{WAY_OUT}."
+                f"{self.way_out}."
             )
 
     @contextmanager
@@ -151,7 +161,7 @@ class RepeatableGraph:
             label = getattr(hook, "__qualname__", type(hook).__qualname__)
             raise RuntimeError(
                 f"{self.owner}: '{name}' runs inside a checkpoint and has a forward hook ('{label}'), which would be called once "
-                f"more when the estimate recomputes the layer. {WAY_OUT}, or remove the hook."
+                f"more when the estimate recomputes the layer. {self.way_out}, or remove the hook."
             )
 
         return refuse
@@ -270,8 +280,9 @@ def _is_module_hook(node: Any) -> bool:
     return getattr(node, "_forward_cls", None) is BackwardHookFunction
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(repr(name) for name in names[:MOST_NAMES]) + more
 
 
 def _name(node: Any) -> str:

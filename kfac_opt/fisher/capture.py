@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from kfac_opt.curvature.backward import OutputGraph
 from kfac_opt.curvature.edges import ViewOfBase, output_edge
+from kfac_opt.curvature.repeatable import RepeatableGraph
 from kfac_opt.fisher.data import Batch
 from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock, Parameters, pull_back
 from kfac_opt.fisher.stores import FactorStore, RowStore, Store
@@ -91,13 +93,15 @@ class RowCapture:
         owners = [(block.name, call) for block in blocks for call in calls[block.name]]
         edges = [call.edge for _, call in owners]
         arrived: dict[str, list[list[Tensor | None]]] = {block.name: [] for block in blocks}
+        graph = RepeatableGraph(self.model.module, OutputGraph(logits, edges), self.model.owner)
         for root in roots:
-            gradients = torch.autograd.grad(logits, edges, root, retain_graph=True, allow_unused=True) if edges else ()
+            gradients: list[Tensor | None] = [None] * len(edges)
+            with graph.untouched():
+                graph.pull(root, gradients.__setitem__)
             for name in arrived:
                 arrived[name].append([])
             for (name, call), gradient in zip(owners, gradients):
-                view = call.view if gradient is not None else None
-                arrived[name][-1].append(gradient if view is None else view.take(gradient))
+                arrived[name][-1].append(gradient if gradient is None or call.view is None else call.view.take(gradient))
         with torch.no_grad():
             for block in blocks:
                 yield self._store(block, calls[block.name], arrived.pop(block.name), batch.size)
@@ -227,7 +231,10 @@ def audited_blocks(
         parameters = [model.parameters[name] for block in linear for name in block.parameters]
         cotangent = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
         scaled = cotangent * weights.to(cotangent).reshape(-1, *([1] * (logits.dim() - 1)))
-        gradients = torch.autograd.grad(logits, parameters, scaled, allow_unused=True)
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        graph = RepeatableGraph(model.module, OutputGraph(logits, parameters), model.owner)
+        with graph.untouched():
+            graph.pull(scaled, gradients.__setitem__)
     expected = {
         name: torch.zeros_like(p) if g is None else g
         for name, p, g in zip([n for block in linear for n in block.parameters], parameters, gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ from torch.func import functional_call, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
+from kfac_opt.curvature.backward import OutputGraph
 from kfac_opt.curvature.collector import Collector
 from kfac_opt.curvature.hooks import WeakHook
+from kfac_opt.curvature.repeatable import RepeatableGraph
 from kfac_opt.fisher.data import Batch
 from kfac_opt.layers import LayerAdapter, find_adapter
 from kfac_opt.outputs import pick_logits
 from kfac_opt.wrappers import unwrapped
 
 Parameters = dict[str, Tensor]
+WAY_OUT = "Give the matrix a copy of the model that does without it"
 
 
 @dataclass(frozen=True)
@@ -155,11 +161,27 @@ class FrozenModel:
             values = {**{name: value.detach() for name, value in values.items()}, **parameters}
         args, kwargs = _arguments(batch.inputs)
         detached = parameters is None and not torch.is_grad_enabled()
-        off = torch.autocast(self.device.type, enabled=False)
-        with quiet(self.module), _differentiable_kernels(), off, torch.enable_grad():
+        kernels = _differentiable_kernels()
+        with quiet(self.module), _hookless(self.module), kernels, _no_autocast(self.device), torch.enable_grad():
             returned = functional_call(self.module, (values, buffers), args, kwargs)
             logits, mask = pick_logits(returned, self.outputs)
         return logits.detach() if detached else logits, mask
+
+    def refuse_unrepeatable(self, batch: Batch) -> None:
+        """Refuses models of which a backward pass would be noticed, or would be that of other weights than the kept ones."""
+        with torch.enable_grad():
+            logits, _ = self.forward(batch)
+        if not logits.requires_grad:
+            return
+        graph = RepeatableGraph(self.module, OutputGraph(logits, list(self.trainable.values())), self.owner, way_out=WAY_OUT)
+        graph.check()
+        if graph.recomputes:
+            raise RuntimeError(
+                f"{self.owner}: a checkpoint runs layers again in the backward pass, with the weights that the model has then. "
+                "Switch checkpointing off for this: memory_limit bounds the memory."
+            )
+        with graph.untouched():
+            graph.pull(torch.ones_like(logits), lambda number, gradient: None)
 
     def forward_without_randomness(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward`, refusing models that draw from the global generators; their states are put back."""
@@ -212,6 +234,36 @@ def quiet(module: nn.Module) -> Iterator[None]:
     finally:
         for collector, paused, seen in before:
             collector.paused, collector.forward_seen = paused, seen
+
+
+@contextmanager
+def _hookless(module: nn.Module) -> Iterator[None]:
+    """Graphs made in the body have no hooks of the user: his are for the gradients of his loss."""
+    kinds = [hooks for part in module.modules() for hooks in (part._backward_hooks, part._backward_pre_hooks) if hooks]
+    kept = [dict(hooks) for hooks in kinds]
+    for hooks in kinds:
+        hooks.clear()
+    try:
+        with _NoTensorHooks():
+            yield
+    finally:
+        for hooks, entries in zip(kinds, kept):
+            hooks.update(entries)
+
+
+class _NoTensorHooks(TorchFunctionMode):
+    """Hooks on tensors, and the wish to retain a gradient, are taken note of by nobody."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.register_hook:
+            return RemovableHandle(OrderedDict())
+        if func is Tensor.retain_grad:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

@@ -126,6 +126,7 @@ class FisherSource:
                 f"{self.owner}: the model's outputs do not depend on its trainable parameters. Check requires_grad, "
                 "and that the forward does not run under torch.no_grad()."
             )
+        model.refuse_unrepeatable(probe)
         self.columns = (self.terms.term_shape(logits).numel() // probe.size) * self.terms.num_columns(logits)
         self.output_shape = logits.shape
         self.blocks = audited_blocks(model, self.blocks, probe)

@@ -72,7 +72,8 @@ class Logger(Noting):
         h.register_hook(lambda g: self.note("in", g))
         out = torch.tanh(self.second(h))
         out.register_hook(lambda g: g * 0.5)
-        torch.autograd.graph.register_multi_grad_hook([h, out], lambda gs: self.note("both", *gs))
+        if h.requires_grad:
+            torch.autograd.graph.register_multi_grad_hook([h, out], lambda gs: self.note("both", *gs))
         return out
 
 
@@ -163,7 +164,7 @@ class Checkpointed(Noting):
         self.norm = nn.BatchNorm1d(6)
 
     def part(self, h: Tensor) -> Tensor:
-        return nn.functional.dropout(torch.tanh(self.norm(self.second(h))), 0.3)
+        return nn.functional.dropout(torch.tanh(self.norm(self.second(h))), 0.3, self.training)
 
     def middle(self, h: Tensor) -> Tensor:
         return checkpoint(self.part, h, use_reentrant=False)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC, KFACVI
+from kfac_opt.fisher import FisherMatrix, gradient_statistics
+from kfac_opt.laplace import fit_laplace
 from tests.contracts.stateful import REFUSED, REPEATABLE, build
 from tests.support import assert_same, gradients
 
@@ -78,3 +80,39 @@ def test_what_cannot_run_twice_is_refused_untouched_or_read_from_the_users_backw
     assert all(p.grad is None for p in model.parameters() if p is not model.head.weight)
     optimizer.detach()
     assert_same(trace(*build(make), None), expected)
+
+
+def fisher(model: nn.Module, x: Tensor, kind: str = "exact") -> FisherMatrix:
+    return FisherMatrix(model.eval(), [(x, torch.arange(len(x)) % 3)], kind=kind)
+
+
+@pytest.mark.parametrize("tool", ["matrix", "statistics", "laplace"])
+@pytest.mark.parametrize("name", [name for name in REPEATABLE if name not in ("Checkpointed", "NodeHooks")])
+def test_fisher_matrices_and_laplace_call_no_hooks_and_leave_the_loop_alone(name, tool):
+    expected = trace(*build(REPEATABLE[name]), None)
+    model, x, y = build(REPEATABLE[name])
+    state = torch.get_rng_state()
+    if tool == "matrix":
+        fisher(model, x).to_dense()
+    elif tool == "statistics":
+        gradient_statistics(model.eval(), [(x, y)])
+    else:
+        fit_laplace(model.eval(), [(x, y)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.log == []
+    assert all(p.grad is None for p in model.parameters())
+    assert_same(trace(model.train(), x, y, None), expected)
+
+
+@pytest.mark.parametrize("name", ["ReadOnce", "Reversible", "HandWrittenCheckpoint", "SelectivelyCheckpointed", "Overwriting"])
+def test_fisher_matrices_refuse_what_cannot_run_twice(name):
+    model, x, _ = build(REFUSED[name][0])
+    with pytest.raises(RuntimeError, match=rf"(?s){REFUSED[name][1]}.*copy of the model"):
+        fisher(model, x)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_fisher_matrices_refuse_checkpoints_whose_weights_may_move_on():
+    model, x, _ = build(REPEATABLE["Checkpointed"])
+    with pytest.raises(RuntimeError, match="Switch checkpointing off"):
+        fisher(model, x)

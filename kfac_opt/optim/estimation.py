@@ -16,7 +16,7 @@ from kfac_opt.curvature.passes import Pending
 from kfac_opt.curvature.stacked import refresh_stacked, stacks
 from kfac_opt.distributed import active_group, assign_owners, rank, send_from_owners_, sum_over_ranks_
 from kfac_opt.linalg import FactorizationError
-from kfac_opt.optim.schedule import factors_due, refresh_due, refresh_phases
+from kfac_opt.optim.schedule import EVEN_FROM, factors_due, refresh_due, refresh_phases
 from kfac_opt.optim.tracking import TrackedBlock
 from kfac_opt.products import keep_freed_memory
 from kfac_opt.workspace import shared_workspace
@@ -29,7 +29,7 @@ class Estimation:
 
     Args:
         tracked: blocks by name.
-        staggered: spread the refreshes of a round over its steps.
+        staggered: spread the refreshes of a round over its steps; of every round, where all together cost ``EVEN_FROM``.
         ramp_steps: early steps that all take an estimate; 0 switches the ramp of the inverses off as well.
         process_group: over which statistics are summed.
     """
@@ -45,6 +45,7 @@ class Estimation:
         if any(entry.weight.device.type == "cpu" for entry in tracked.values()):
             keep_freed_memory()
         costs = [entry.block.refresh_cost() for entry in tracked.values()]
+        self.even = staggered and sum(costs) >= EVEN_FROM
         self.phases = dict(zip(tracked, refresh_phases(costs, staggered=staggered)))
 
     def due(self, step: int, groups: Groups, states: Mapping[str, State]) -> dict[str, TrackedBlock]:
@@ -59,7 +60,7 @@ class Estimation:
     def refreshes(self, name: str, step: int, groups: Groups) -> bool:
         """Whether this block is refreshed at this step."""
         interval = int(groups[self.tracked[name].group]["inverse_interval"])
-        return refresh_due(step, interval, self.ramp_steps, self.phases[name])
+        return refresh_due(step, interval, self.ramp_steps, self.phases[name], even=self.even)
 
     def advance(
         self,

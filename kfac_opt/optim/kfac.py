@@ -74,8 +74,9 @@ class KFAC(CurvatureOptimizer):
         factor_decay: in [0, 1), weight of the old average; the average is corrected for its start at zero.
         factor_interval: steps between estimates.
         inverse_interval: steps between refreshes of a layer's inverses or eigenbases.
-        refresh: ``"staggered"`` spreads the refreshes over a round of 16 steps or more (no step stalls), ``"together"`` does
-            all at its start.
+        refresh: ``"staggered"`` spreads the refreshes over a round of 16 steps or more (no step stalls), and
+            of a large net (a ResNet50) over every round but the first: step 0 makes all inverses, ten seconds on two cores
+            for a ResNet50, and the steps of the ramp a share each. ``"together"`` does all at the start of a round.
         weight_sharing: ``"expand"`` treats positions as examples, ``"reduce"`` joins them first (Eschenhagen et al.
             2023). Layers hold their examples along the first dimension (``batch_first=True`` in torch's modules):
             ``"reduce"``, EKFAC's scales and norm layers sum per example; the factors of ``"expand"`` do not mind.

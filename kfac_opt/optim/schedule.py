@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 STAGGER_FROM = 16  # steps in a round from which its refreshes are spread
+EVEN_FROM = 5e10  # cost of all refreshes together (cubes of sizes; a second and more of one core) from which every round is
 
 
 def factors_due(step: int, interval: int, ramp_steps: int) -> bool:
@@ -15,11 +16,12 @@ def factors_due(step: int, interval: int, ramp_steps: int) -> bool:
     return step < ramp_steps or step % interval == 0
 
 
-def refresh_round(step: int, interval: int, ramp_steps: int) -> tuple[int, int]:
+def refresh_round(step: int, interval: int, ramp_steps: int, *, even: bool = False) -> tuple[int, int]:
     """Start and length of the refresh round that ``step`` lies in.
 
     With a ramp the rounds start at 0, 1, 2, 4, 8, … (the next one after ``max(1, step)`` steps) up to the first
-    power of two that is at least ``interval``, then every ``interval`` steps; without one at its multiples.
+    power of two that is at least ``interval``, then every ``interval`` steps; without one at its multiples. ``even``
+    joins the rounds of steps 1 to 3, which are too short to be spread.
     """
     if ramp_steps == 0:
         return step - step % interval, interval
@@ -28,18 +30,20 @@ def refresh_round(step: int, interval: int, ramp_steps: int) -> tuple[int, int]:
         ramp_end *= 2
     if step >= ramp_end:
         return step - (step - ramp_end) % interval, interval
+    if even and 1 <= step < 4 <= ramp_end:
+        return 1, 3
     start = 0 if step == 0 else 1 << (step.bit_length() - 1)
     return start, max(1, start)
 
 
-def refresh_due(step: int, interval: int, ramp_steps: int, phase: float) -> bool:
+def refresh_due(step: int, interval: int, ramp_steps: int, phase: float, *, even: bool = False) -> bool:
     """Whether a layer with this phase in [0, 1) is refreshed at this step: at its share of every round.
 
     Short rounds are not spread: early in training (the ramp) fresh inverses matter more than even steps, and an
-    interval of a few steps says the same.
+    interval of a few steps says the same. With ``even`` all are, where refreshing everything at once stalls the loop.
     """
-    start, length = refresh_round(step, interval, ramp_steps)
-    return step == start + (int(phase * length) if length >= STAGGER_FROM else 0)
+    start, length = refresh_round(step, interval, ramp_steps, even=even)
+    return step == start + (int(phase * length) if even or length >= STAGGER_FROM else 0)
 
 
 def refresh_phases(costs: Sequence[float], *, staggered: bool) -> list[float]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from kfac_opt import KFAC
+from kfac_opt.optim import estimation
+from kfac_opt.optim.schedule import refresh_due
 from tests.support import bare_kfac, data, mlp
 
 DOUBLE = torch.float64
@@ -183,3 +185,51 @@ def test_short_rounds_refresh_all_layers_at_their_start():
 def test_together_refreshes_all_layers_at_the_start_of_the_interval():
     for steps in refreshed(steps=14, depth=4, interval=6, refresh="together"):
         assert steps == [0, 6, 12]
+
+
+def refreshes(phases: list[float], interval: int, steps: int, **options: bool) -> list[list[int]]:
+    return [[step for step in range(steps) if refresh_due(step, interval, 10, phase, **options)] for phase in phases]
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 4, 5, 8, 10, 20, 100])
+def test_even_rounds_spread_the_ramp_and_keep_every_layer_fresh(interval: int):
+    """Of ten layers that cost the same no step but the first refreshes more than a third, and no layer waits longer than
+    the distance of its turns in the round before allows."""
+    phases = [number / 10 for number in range(10)]
+    turns = refreshes(phases, interval, 400, even=True)
+    counts = [sum(step in layer for layer in turns) for step in range(400)]
+    assert max(counts[1 if interval > 2 else 2 :]) <= max(4, -(-10 // interval))
+    for layer in turns:
+        assert all(later - earlier <= max(2 * interval, 1) for earlier, later in pairwise([0, *layer]) if later)
+        late = [step for step in layer if step >= 200]
+        assert all(later - earlier == interval for earlier, later in pairwise(late))
+
+
+def test_small_nets_keep_the_ramp_as_it_is():
+    phases = [number / 10 for number in range(10)]
+    for layer in refreshes(phases, 100, 16):
+        assert layer == [0, 1, 2, 4, 8]
+
+
+def test_a_net_whose_refresh_is_dear_is_spread_from_the_second_step_on(monkeypatch):
+    """Counted in factorizations: the first step makes all inverses, the next ones a share each."""
+    monkeypatch.setattr(estimation, "EVEN_FROM", 1.0)
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (torch.nn.Linear(6, 6), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(6, 3)).double()
+    optimizer = KFAC(model, lr=0.01)
+    made, before = [], 0
+    for step in range(16):
+        optimizer.zero_grad()
+        x, y = data(12, seed=step)
+        F.cross_entropy(model(torch.cat([x, x[:, :2]], 1)), y).backward()
+        optimizer.step()
+        total = sum(int(state["curvature"]["refreshes"]) for state in optimizer.state.values() if "curvature" in state)
+        made.append(total - before)
+        before = total
+    assert made[0] == 7
+    for start, end, most in ((1, 4, 3), (4, 8, 2), (8, 16, 1)):
+        assert sum(made[start:end]) == 7
+        assert max(made[start:end]) <= most
+    together = KFAC(model, refresh="together")
+    assert not together._estimation.even

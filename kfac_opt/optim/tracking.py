@@ -193,7 +193,8 @@ FOREIGN: dict[Foreign, str] = {
     "forward": "{} has a forward of its own that computes something else with its weight than the class it derives from "
     "(register_layer adds adapters)",
     "uses": "the weight of {} enters the outputs in ways that the calls of its module do not show (the weight used beside "
-    "them or sliced, a derivative taken inside the model, a state carried from pass to pass)",
+    "them or sliced, a derivative taken inside the model, a state carried from pass to pass; with fisher='empirical' a "
+    "derivative of its outputs in the loss as well)",
     "tensors": "{} takes or returns nested or sparse tensors, which no layer adapter reads",
     "hidden": "{} runs with gradients disabled and yet has a gradient (a reentrant checkpoint, which use_reentrant=False would "
     "open, or a torch.autograd.Function that runs layers in its backward)",

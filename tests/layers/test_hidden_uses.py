@@ -330,6 +330,24 @@ def test_a_table_whose_gradient_torch_divides_by_frequencies_is_not_accused():
     assert list(optimizer.curvature) == ["0", "2"]
 
 
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_a_derivative_of_the_outputs_in_the_loss_concerns_the_empirical_fisher_alone(fisher):
+    """The loss's own gradient then reaches the weights beside the outputs of their layers; sampled labels know nothing of it."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer = KFAC(model, fisher=fisher, likelihood="gaussian", factor_interval=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            x = data(seed=seed, dtype=torch.float32)[0].requires_grad_()
+            optimizer.zero_grad()
+            outputs = model(x)
+            (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+            (slope.sum(1) - outputs[:, 0]).square().mean().backward()
+            optimizer.step()
+    assert ["derivative of its outputs in the loss" in str(w.message) for w in said] == [True] * (fisher == "empirical")
+    assert list(optimizer.curvature) == (["0.weight", "0.bias", "2.weight", "2.bias"] if fisher == "empirical" else ["0", "2"])
+
+
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
 def test_a_bias_alone_proves_nothing(fisher):
     """The weight's use beside its module shows as soon as an input is not zero."""

@@ -65,8 +65,6 @@ class Runs:
     def get(self, task_name: str, name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
         """The run of these settings, from the log or new."""
         contestant, task = self.config.contestants[name], TASKS[task_name]
-        if seed == SEARCH_SEED and task.search_steps is not None:
-            task = dataclasses.replace(task, steps=task.search_steps)
         task = dataclasses.replace(task, steps=contestant.num_steps(task))
         shape = [task_name, task.steps, task.batch_size, self.config.schedule.name, self.config.schedule.warmup_steps]
         made_by = [contestant.optimizer, contestant.tag, default_settings(contestant.optimizer)]

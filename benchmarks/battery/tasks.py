@@ -35,7 +35,6 @@ class BatteryTask:
         likelihood: output distribution; the loss is its negative log-likelihood, summed over outputs, averaged over
             examples (tokens).
         steps, batch_size: of one run.
-        search_steps: of one run of the search, where that would take too long in full; the same for everybody.
         sgd_scale: SGD's learning rates are searched around so many times the usual ones: the loss is not divided by
             the number of outputs.
         noise: makes inputs and targets out of clean examples, anew for each batch (diffusion).
@@ -47,7 +46,6 @@ class BatteryTask:
     likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
     steps: int = 200
     batch_size: int = 128
-    search_steps: int | None = None
     sgd_scale: float = 1.0
     noise: Callable[[Batch, torch.Generator], Batch] | None = None
 
@@ -189,14 +187,11 @@ TASKS: dict[str, BatteryTask] = {
         autoencoder,
         _read(DataConfig("mnist", 20000, 2000, "inputs", flatten=True)),
         "bernoulli",
-        steps=150,
+        steps=100,
         batch_size=256,
-        search_steps=50,
         sgd_scale=0.01,
     ),
-    "gpt": BatteryTask(
-        "Tiny Shakespeare, GPT 4 × 256, batch 16", lambda: GPT(context=64), SHAKESPEARE, batch_size=16, search_steps=67
-    ),
+    "gpt": BatteryTask("Tiny Shakespeare, GPT 4 × 256, batch 16", lambda: GPT(context=64), SHAKESPEARE, steps=100, batch_size=16),
     "char_lstm": BatteryTask(
         "Tiny Shakespeare, LSTM of 128", CharLSTM, _read(DataConfig("shakespeare", num_test=500, context=32)), batch_size=32
     ),

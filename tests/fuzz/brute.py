@@ -1,0 +1,311 @@
+r"""What the curvature of one step has to be, from plain autograd: no hook, factor or layer of the package is used.
+
+The network runs example by example (as one batch where examples mix). Hooks record each call's input and put a copy in the
+place of its output, so that nothing overwrites what is recorded. For each column of output gradients (of a sampled label, of
+the data's, of the root of the output Hessian) autograd gives the gradient in the outputs of all calls and in all parameters.
+Rows are read off by loops (``tests.reference``).
+
+``N`` terms of the loss, ``R`` rows of a layer, over all passes of the step:
+:math:`A = \frac1N \sum a a^\top`, :math:`G = \frac1R \sum_{\text{columns}} \sum g g^\top`; EKFAC's scales, moments of norm layers and
+diagonals are sums of squares of per-example gradients over ``N``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.fuzz.fixed import OBSERVED, SAMPLED, class_dimension, labels, signs
+from tests.fuzz.nets import Case
+from tests.reference import input_rows, module_matrix, output_rows
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+MATRICES = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+
+
+@dataclass
+class Expected:
+    """Sums of one block over the passes of a step.
+
+    Attributes:
+        inputs, outputs: ``Σ a aᵀ``, ``Σ g gᵀ`` ``[groups, ·, ·]``.
+        rows: ``R``.
+        examples: gradients of single examples as matrices ``[out, in]``, one for each column; None where not defined.
+        diagonal: sum of squares of the gradient of the whole pass, for parameters of their own.
+    """
+
+    inputs: Tensor | float = 0.0
+    outputs: Tensor | float = 0.0
+    rows: int = 0
+    examples: list[Tensor] | None = field(default_factory=list)
+    diagonal: Tensor | float = 0.0
+
+
+@dataclass
+class Truth:
+    """Everything that one step must know: blocks by name, the number of terms, the gradient of the loss."""
+
+    blocks: dict[str, Expected]
+    terms: int
+    gradients: dict[str, Tensor]
+
+
+def block_names(model: nn.Module) -> dict[str, nn.Module | None]:
+    """Names of the blocks that a model must have: layers whose forward runs, else parameters."""
+    inside = {id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*MATRICES, *NORMS)) and id(module) not in inside
+    }
+    covered = {id(p) for module in layers.values() for p in module.parameters()}
+    return {**layers, **{name: None for name, p in model.named_parameters() if id(p) not in covered}}
+
+
+def truth(case: Case, fisher: str, sharing: str) -> Truth:
+    """The reference for one step of ``fisher`` on all passes of ``case``."""
+    names = block_names(case.model)
+    found = {name: Expected() for name in names}
+    model = copy.deepcopy(case.model)
+    terms = sum(num_terms(case, number, model) for number in range(len(case.inputs)))
+    for number, x in enumerate(case.inputs):
+        examples = [slice(None)] if case.mixes else [slice(n, n + 1) for n in range(len(x))]
+        for where in examples:
+            _add_run(found, model, case, number, where, fisher, sharing)
+        _add_diagonals(found, model, case, number, fisher)
+    model = copy.deepcopy(case.model)
+    for number, x in enumerate(case.inputs):
+        (mean_loss(case, number, model(x), terms)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return Truth(found, terms, gradients)
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses and columns
+
+
+def num_terms(case: Case, number: int, model: nn.Module) -> int:
+    """Terms of the loss of one pass."""
+    if case.masks is not None:
+        return int(case.masks[number].sum())
+    logits = copy.deepcopy(model)(case.inputs[number])
+    return logits.numel() // logits.shape[class_dimension(logits)] if case.likelihood == "categorical" else len(logits)
+
+
+def total_loss(kind: str, variance: float, logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of the negative log-likelihoods; a Gaussian's targets are given relative to the outputs."""
+    if kind == "categorical":
+        losses = F.cross_entropy(logits.movedim(class_dimension(logits), 1), targets, reduction="none")
+        return losses.sum() if mask is None else losses[mask].sum()
+    if kind == "bernoulli":
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    noise = targets * variance**0.5
+    return 0.5 * (logits - (logits.detach() + noise)).square().sum() / variance
+
+
+def mean_loss(case: Case, number: int, logits: Tensor, terms: int) -> Tensor:
+    """The user's: its share of the mean over all ``terms`` of the step."""
+    targets = labels(case.likelihood, logits, OBSERVED)
+    mask = None if case.masks is None else case.masks[number]
+    return total_loss(case.likelihood, case.variance, logits, targets, mask) / terms
+
+
+def root(kind: str, variance: float, logits: Tensor) -> list[Tensor]:
+    """Columns ``L_k`` with ``Σ_k L_k L_kᵀ`` the Hessian of every term, in the shape of the outputs."""
+    logits = logits.detach()
+    if kind == "categorical":
+        dim = class_dimension(logits)
+        p = logits.softmax(dim).movedim(dim, -1)
+        tail = p.flip(-1).cumsum(-1).flip(-1)
+        columns = []
+        for j in range(p.shape[-1] - 1):
+            column = torch.zeros_like(p)
+            column[..., j] = (p[..., j] * tail[..., j + 1] / tail[..., j]).sqrt()
+            column[..., j + 1 :] = -p[..., j + 1 :] * (p[..., j] / (tail[..., j] * tail[..., j + 1])).sqrt().unsqueeze(-1)
+            columns.append(column.movedim(-1, dim))
+        return columns
+    p = logits.sigmoid()
+    deviation = (p * (1 - p)).sqrt() if kind == "bernoulli" else torch.full_like(p, variance**-0.5)
+    return [deviation * torch.eye(logits.shape[1])[k] for k in range(logits.shape[1])]
+
+
+def scores(case: Case, number: int, logits: Tensor, where: slice, fisher: str) -> list[Tensor]:
+    """Scalars whose gradients are the columns, for the examples ``where`` of the pass, of which ``logits`` are the outputs."""
+    whole = logits.new_zeros(len(case.inputs[number]), *logits.shape[1:])
+    mask = None if case.masks is None else case.masks[number][where]
+    if fisher != "exact":
+        targets = labels(case.likelihood, whole, SAMPLED if fisher == "mc" else OBSERVED)[where]
+        return [total_loss(case.likelihood, case.variance, logits, targets, mask)]
+    found = []
+    for k, column in enumerate(root(case.likelihood, case.variance, logits)):
+        sign = signs(case.likelihood, whole, k)[where]
+        if mask is not None:
+            sign = sign * mask
+        if case.likelihood == "categorical":
+            sign = sign.unsqueeze(class_dimension(logits))
+        found.append((logits * column * sign.reshape(*sign.shape, *[1] * (logits.dim() - sign.dim()))).sum())
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# One run of the network
+
+
+class Recorder:
+    """Inputs and outputs of every call of the layers that have a block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.handles = []
+        for name, module in block_names(model).items():
+            if module is not None:
+                self.handles.append(module.register_forward_hook(self._hook(name)))
+
+    def _hook(self, name: str):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self.calls.setdefault(name, []).append((args[0].detach().clone(), output))
+            return output.clone()
+
+        return hook
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def unbatched(module: nn.Module, x: Tensor) -> bool:
+    """Whether one call's input has no batch dimension."""
+    if isinstance(module, CONVOLUTIONS):
+        return x.dim() == len(module.kernel_size) + 1
+    return x.dim() == (0 if isinstance(module, nn.Embedding) else 1)
+
+
+def call_rows(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """``[leading, positions, groups, ·]`` of one call."""
+    if unbatched(module, x):
+        x, g = x.unsqueeze(0), g.unsqueeze(0)
+    return torch.stack([input_rows(module, row) for row in x]), torch.stack([output_rows(module, row) for row in g])
+
+
+def _add_run(
+    found: dict[str, Expected], model: nn.Module, case: Case, number: int, where: slice, fisher: str, sharing: str
+) -> None:
+    """Adds the examples ``where`` of one pass to all blocks of layers."""
+    x = case.inputs[number][where]
+    recorder = Recorder(model)
+    logits = model(x)
+    recorder.remove()
+    named = dict(model.named_parameters())
+    layers = {name: module for name, module in block_names(model).items() if module is not None and name in recorder.calls}
+    for column, score in enumerate(scores(case, number, logits, where, fisher)):
+        outputs = [output for name in layers for _, output in recorder.calls[name]]
+        gradients = iter(torch.autograd.grad(score, [*outputs, *named.values()], retain_graph=True, allow_unused=True))
+        at_calls = {
+            name: [(a, torch.zeros_like(out) if g is None else g, out) for (a, out), g in zip(recorder.calls[name], gradients)]
+            for name in layers
+        }
+        at_parameters = dict(zip((id(p) for p in named.values()), gradients))
+        for name, module in layers.items():
+            mine = {
+                key: torch.zeros_like(p) if at_parameters[id(p)] is None else at_parameters[id(p)]
+                for key, p in module.named_parameters()
+            }
+            matrix = module_matrix(module, lambda p, own=dict(zip(map(id, module.parameters()), mine.values())): own[id(p)])
+            if case.mixes:
+                examples = list(example_matrices(module, at_calls[name], len(x)))
+            else:
+                examples = [matrix]
+            first, masked = column == 0, case.masks is not None
+            _add_column(found[name], module, at_calls[name], examples, len(x), sharing, first=first, masked=masked)
+
+
+def _add_column(
+    block: Expected,
+    module: nn.Module,
+    calls: list[tuple[Tensor, Tensor, Tensor]],
+    examples: list[Tensor],
+    batch: int,
+    sharing: str,
+    *,
+    first: bool,
+    masked: bool,
+) -> None:
+    """Adds one column of output gradients. Under a mask a row that no gradient reaches (padding) is no row of the layer."""
+    if block.examples is not None:
+        block.examples = None if not examples else block.examples + examples
+    if isinstance(module, NORMS):
+        return
+    for x, g, _ in calls:
+        a_rows, g_rows = call_rows(module, x, g)  # [leading, positions, groups, .]
+        keep = g_rows.flatten(2).abs().sum(-1) > 0 if masked else torch.ones(g_rows.shape[:2], dtype=torch.bool)
+        if sharing == "reduce":
+            if len(a_rows) % batch:
+                return
+            a_rows, g_rows, keep = (rows.reshape(batch, -1, *rows.shape[2:]) for rows in (a_rows, g_rows, keep))
+            count = keep.sum(1).clamp_min(1).reshape(-1, 1, 1)
+            a_rows, g_rows = (a_rows * keep[..., None, None]).sum(1) / count, g_rows.sum(1)
+            a_rows, g_rows, keep = a_rows.unsqueeze(1), g_rows.unsqueeze(1), keep.any(1, keepdim=True)
+        a_rows, g_rows = a_rows[keep].transpose(0, 1), g_rows[keep].transpose(0, 1)
+        if first:
+            block.inputs = block.inputs + a_rows.mT @ a_rows
+            block.rows += a_rows.shape[1]
+        block.outputs = block.outputs + g_rows.mT @ g_rows
+
+
+def example_matrices(module: nn.Module, calls: list[tuple[Tensor, Tensor, Tensor]], batch: int) -> Iterator[Tensor]:
+    """Gradient of each example's rows ``[out, in]``, batch-major; nothing where the rows cannot be told apart."""
+    if any(unbatched(module, x) or len(x) % batch for x, _, _ in calls):
+        return
+    for n in range(batch):
+        total: Tensor | float = 0.0
+        for x, g, out in calls:
+            share = slice(n * len(x) // batch, (n + 1) * len(x) // batch)
+            if isinstance(module, NORMS):
+                total = total + _norm_gradient(module, g[share], out[share].detach())
+                continue
+            a_rows, g_rows = call_rows(module, x[share], g[share])
+            total = total + torch.einsum("lpgo,lpgi->goi", g_rows, a_rows).flatten(0, 1)
+        assert isinstance(total, Tensor)
+        yield total
+
+
+def _norm_gradient(module: nn.Module, g: Tensor, out: Tensor) -> Tensor:
+    """``(Σ g x̂, Σ g)`` per channel; the layer's output tells what it normalized to."""
+    last = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    shape = module.weight.shape if last else (-1, *[1] * (out.dim() - 2))
+    bias = getattr(module, "bias", None)
+    shift = 0.0 if bias is None else bias.detach().reshape(shape)
+    normalized = (out - shift) / module.weight.detach().reshape(shape)
+    sums = [g * normalized] if bias is None else [g * normalized, g]
+    if last:
+        return torch.stack([s.flatten(0, s.dim() - module.weight.dim() - 1).sum(0).flatten() for s in sums], dim=-1)
+    return torch.stack([s.transpose(0, 1).flatten(1).sum(1) for s in sums], dim=-1)
+
+
+def _add_diagonals(found: dict[str, Expected], model: nn.Module, case: Case, number: int, fisher: str) -> None:
+    """Parameters of their own: the square of the gradient of the whole pass, column by column."""
+    names = [name for name, module in block_names(model).items() if module is None]
+    if not names:
+        return
+    logits = model(case.inputs[number])
+    parameters = [model.get_parameter(name) for name in names]
+    for score in scores(case, number, logits, slice(None), fisher):
+        gradients = torch.autograd.grad(score, parameters, retain_graph=True, allow_unused=True)
+        for name, p, g in zip(names, parameters, gradients):
+            found[name].diagonal = found[name].diagonal + (torch.zeros_like(p) if g is None else g).square()

@@ -36,7 +36,7 @@ FAMILIES: dict[str, tuple[str, int, dict[str, object]]] = {
     "mixer": ("mixer_s32_224", 64, {"img_size": 64}),
     "resmlp": ("resmlp_12_224", 32, {"img_size": 32}),
     "gmlp": ("gmlp_ti16_224", 32, {"img_size": 32}),
-    "poolformer": ("poolformer_s12", 32, {"dims": (16, 32, 32, 64)}),
+    "poolformer": ("poolformer_s12", 32, {}),
     "convnext": ("convnext_atto", 32, {"depths": (1, 1, 1, 1)}),
     "convnext v2": ("convnextv2_atto", 32, {"depths": (1, 1, 1, 1)}),
     "edgenext": ("edgenext_xx_small", 64, {}),

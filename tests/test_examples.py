@@ -14,8 +14,11 @@ EXAMPLES = sorted((ROOT / "examples").glob("plot_*.py"))
 RUN = """
 import runpy, sys
 import matplotlib.pyplot as plt
+from tests.quiet import beyond_announcements, own_warnings
 plt.switch_backend("agg")
-runpy.run_path(sys.argv[1], run_name="__main__")
+with own_warnings() as said:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+assert not beyond_announcements(said), said
 figures = [plt.figure(number) for number in plt.get_fignums()]
 assert figures and all(figure.axes for figure in figures), "no figure was drawn"
 """

@@ -6,8 +6,8 @@ the data's, of the root of the output Hessian) autograd gives the gradient in th
 Rows are read off by loops (``tests.reference``).
 
 ``N`` terms of the loss, ``R`` rows of a layer, over all passes of the step:
-:math:`A = \frac1N \sum a a^\top`, :math:`G = \frac1R \sum_{\text{columns}} \sum g g^\top`; EKFAC's scales, moments of norm layers and
-diagonals are sums of squares of per-example gradients over ``N``.
+:math:`A = \frac1N \sum a a^\top`, :math:`G = \frac1R \sum_{\text{columns}} \sum g g^\top`; EKFAC's scales and the moments of norm
+layers are sums of squares of per-example gradients over ``N``, diagonals those of the gradient of a pass.
 """
 
 from __future__ import annotations
@@ -216,23 +216,19 @@ def _add_run(
     for column, score in enumerate(scores(case, number, logits, where, fisher)):
         outputs = [output for name in layers for _, output in recorder.calls[name]]
         gradients = iter(torch.autograd.grad(score, [*outputs, *named.values()], retain_graph=True, allow_unused=True))
-        at_calls = {
-            name: [(a, torch.zeros_like(out) if g is None else g, out) for (a, out), g in zip(recorder.calls[name], gradients)]
-            for name in layers
-        }
+        at_calls = {name: [(a, _or_zero(g, out), out) for (a, out), g in zip(recorder.calls[name], gradients)] for name in layers}
         at_parameters = dict(zip((id(p) for p in named.values()), gradients))
         for name, module in layers.items():
-            mine = {
-                key: torch.zeros_like(p) if at_parameters[id(p)] is None else at_parameters[id(p)]
-                for key, p in module.named_parameters()
-            }
-            matrix = module_matrix(module, lambda p, own=dict(zip(map(id, module.parameters()), mine.values())): own[id(p)])
             if case.mixes:
                 examples = list(example_matrices(module, at_calls[name], len(x)))
             else:
-                examples = [matrix]
+                examples = [module_matrix(module, lambda p, found=at_parameters: _or_zero(found[id(p)], p))]
             first, masked = column == 0, case.masks is not None
             _add_column(found[name], module, at_calls[name], examples, len(x), sharing, first=first, masked=masked)
+
+
+def _or_zero(gradient: Tensor | None, of: Tensor) -> Tensor:
+    return torch.zeros_like(of) if gradient is None else gradient
 
 
 def _add_column(
@@ -308,4 +304,4 @@ def _add_diagonals(found: dict[str, Expected], model: nn.Module, case: Case, num
     for score in scores(case, number, logits, slice(None), fisher):
         gradients = torch.autograd.grad(score, parameters, retain_graph=True, allow_unused=True)
         for name, p, g in zip(names, parameters, gradients):
-            found[name].diagonal = found[name].diagonal + (torch.zeros_like(p) if g is None else g).square()
+            found[name].diagonal = found[name].diagonal + _or_zero(g, p).square()

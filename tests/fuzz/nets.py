@@ -296,8 +296,7 @@ def cases(draw: Draw, *, masked: bool = False) -> Case:
         masks = [(torch.rand(batch, builder.shape[0]) < 0.5) for batch in batches]
         for mask in masks:
             mask[0, 0], mask[0, -1] = False, True
-    unaligned = {
-        f"{name}.{inner}" for name, piece in model.named_children() if piece.unaligned for inner, _ in piece.named_modules() if inner
-    }
+    apart = [(name, piece) for name, piece in model.named_children() if piece.unaligned]
+    unaligned = {f"{name}.{inner}" for name, piece in apart for inner, _ in piece.named_modules() if inner}
     mixes = any(piece.mixes for piece in model)
     return Case(model, inputs, likelihood, draw(st.sampled_from([1.0, 0.5])), masks, mixes, unaligned)

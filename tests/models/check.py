@@ -15,6 +15,8 @@ from tests.quiet import beyond_announcements, own_warnings
 from tests.support import assert_same, gradients
 
 STEPS = 8
+AFFORDABLE = {"max_factor_dim": 1024}
+"""For networks with wide layers: eight refreshes of 4,608 × 4,608 inverses would take minutes and show nothing more."""
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Outputs = Callable[[Any], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models.check import images, trains_with_default_kfac
+from tests.models.check import AFFORDABLE, images, trains_with_default_kfac
 
 timm = pytest.importorskip("timm")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -65,4 +65,4 @@ def test_a_family_of_timm_trains(name):
     architecture, size, options = FAMILIES[name]
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, num_classes=CLASSES, **options)
-    trains_with_default_kfac(model, *images(CLASSES, size))
+    trains_with_default_kfac(model, *images(CLASSES, size), **AFFORDABLE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.check import images, trains_with_default_kfac
+from tests.models.check import AFFORDABLE, images, trains_with_default_kfac
 
 torchvision = pytest.importorskip("torchvision")
 M = torchvision.models
@@ -94,4 +94,5 @@ SIZES = {"alexnet": 64, "squeezenet": 64, "inception": 96, "googlenet": 64, "den
 def test_a_classifier_of_every_family_trains(name):
     torch.manual_seed(0)
     model = {**QUICK, **SLOW}[name]()
-    trains_with_default_kfac(model, *images(CLASSES, SIZES.get(name, 32)))
+    options = AFFORDABLE if name in SLOW else {}
+    trains_with_default_kfac(model, *images(CLASSES, SIZES.get(name, 32)), **options)

@@ -67,15 +67,17 @@ class Truth:
 
 
 def block_names(model: nn.Module) -> dict[str, nn.Module | None]:
-    """Names of the blocks that a model must have: layers whose forward runs, else parameters."""
-    inside = {id(part) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for part in m.modules()}
+    """Names of the blocks that a model must have: layers whose forward shows all that their weight does, else parameters."""
+    apart = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) or getattr(m, "flat", False)]
+    inside = {id(part) for m in apart for part in m.modules()}
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (*MATRICES, *NORMS)) and id(module) not in inside
+        if isinstance(module, (*MATRICES, *NORMS)) and id(module) not in inside and module.weight.requires_grad
     }
     covered = {id(p) for module in layers.values() for p in module.parameters()}
-    return {**layers, **{name: None for name, p in model.named_parameters() if id(p) not in covered}}
+    alone = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
+    return {**layers, **dict.fromkeys(alone)}
 
 
 def truth(case: Case, fisher: str, sharing: str) -> Truth:
@@ -179,6 +181,8 @@ class Recorder:
 
     def _hook(self, name: str):
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
             self.calls.setdefault(name, []).append((args[0].detach().clone(), output))
             return output.clone()
 
@@ -211,7 +215,7 @@ def _add_run(
     recorder = Recorder(model)
     logits = model(x)
     recorder.remove()
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = {name: module for name, module in block_names(model).items() if module is not None and name in recorder.calls}
     for column, score in enumerate(scores(case, number, logits, where, fisher)):
         outputs = [output for name in layers for _, output in recorder.calls[name]]
@@ -288,7 +292,7 @@ def _norm_gradient(module: nn.Module, g: Tensor, out: Tensor) -> Tensor:
     bias = getattr(module, "bias", None)
     shift = 0.0 if bias is None else bias.detach().reshape(shape)
     normalized = (out - shift) / module.weight.detach().reshape(shape)
-    sums = [g * normalized] if bias is None else [g * normalized, g]
+    sums = [g * normalized, g] if bias is not None and bias.requires_grad else [g * normalized]
     if last:
         return torch.stack([s.flatten(0, s.dim() - module.weight.dim() - 1).sum(0).flatten() for s in sums], dim=-1)
     return torch.stack([s.transpose(0, 1).flatten(1).sum(1) for s in sums], dim=-1)

@@ -15,6 +15,7 @@ from tests.fuzz import pieces as P
 
 VOCABULARY = 5
 Shape = tuple[int, ...]  # without the batch: (features,), (time, features), (channels, *space) of two or more dimensions
+ODD = (P.Checkpointed, P.WithTeacher, P.OnlyTheWeight, P.WeightBeside)
 Draw = Callable[[Any], Any]
 
 
@@ -71,10 +72,10 @@ class Builder:
     def linear(self, out: int | None = None) -> None:
         *lead, features = self.shape
         if not lead:
-            kind = self.pick([P.Piece, P.Piece, P.Unsqueezed, P.OneByOne, P.Twice, P.Residual])
+            kind = self.pick([P.Piece, P.Piece, P.Unsqueezed, P.OneByOne, P.Twice, P.Residual, *ODD])
         else:
             kinds = [P.Piece, P.Flat, P.FourDimensional, P.Windows, P.TimeFirst, P.Steps, P.Chunks, P.AcrossTime, P.Cell]
-            kind = self.pick([*kinds, P.Twice, P.Residual])
+            kind = self.pick([*kinds, P.Twice, P.Residual, *ODD])
         out = out or self.pick([2, 3, 4, 6])
         if kind is P.AcrossTime:
             layer, shape = nn.Linear(lead[0], out, bias=self.bias()), (out, features)
@@ -82,6 +83,8 @@ class Builder:
             layer, shape = nn.Linear(features + out, out, bias=self.bias()), (*lead, out)
         elif kind in (P.Twice, P.Residual):
             layer, shape = nn.Linear(features, features, bias=self.bias()), self.shape
+        elif kind is P.WeightBeside:
+            layer, shape = nn.Linear(features, out, bias=self.bias()), self.shape
         else:
             layer, shape = nn.Linear(features, out, bias=self.bias()), (*lead, out)
         self.add(kind(layer, self.after()), shape)
@@ -114,7 +117,7 @@ class Builder:
 
     def on_vectors(self) -> None:
         features = self.shape[0]
-        what = self.pick(["linear", "linear", "linear", "norm", "gain", "code", "unflatten", "halves"])
+        what = self.pick(["linear", "linear", "linear", "norm", "gain", "code", "shared", "unflatten", "halves"])
         if what == "linear":
             self.linear()
         elif what == "norm":
@@ -123,6 +126,8 @@ class Builder:
             self.add(P.Gain(features), self.shape)
         elif what == "code":
             self.add(P.Code(features), self.shape)
+        elif what == "shared":
+            self.add(P.SharedWeight(features), self.shape)
         elif features % 2 == 0 and features > 2:
             if what == "unflatten":
                 self.add(P.Unflatten((2, features // 2)), (2, features // 2))
@@ -165,7 +170,7 @@ class Builder:
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[layer_dims - 1]
         groups = self.pick([1, 1, 2, channels] if channels % 2 == 0 else [1, 1, channels])
         out = groups * self.pick([1, 2] if groups > 1 else [2, 3, 4])
-        kind = P.Rows if rows else self.pick([P.Piece, P.Piece, P.OneByOne, P.Twice, P.ChannelsLastMemory])
+        kind = P.Rows if rows else self.pick([P.Piece, P.Piece, P.OneByOne, P.Twice, P.ChannelsLastMemory, P.Checkpointed])
         # torch's backward of InstanceNorm is wrong for one example whose gradient lies channels-last in memory.
         instance = any(isinstance(m, nn.InstanceNorm2d) for piece in self.pieces for m in piece.modules())
         if kind is P.ChannelsLastMemory and (dims != 2 or instance):
@@ -254,6 +259,11 @@ class Builder:
         if len(self.shape) == 2 and not (likelihood == "categorical" and (self.masked or self.pick([False, True]))):
             self.add(P.Function("pool positions"), self.shape[1:])
         *lead, features = self.shape
+        table = getattr(self.pieces[0], "layer", None) if self.pieces else None
+        if isinstance(table, nn.Embedding) and table.embedding_dim == features and self.pick([False, True]):
+            self.add(P.TiedHead(table), (*lead, table.num_embeddings))
+            self.pieces[0].flat = True
+            return
         self.add(P.Piece(nn.Linear(features, classes, bias=self.bias())), (*lead, classes))
 
 
@@ -286,6 +296,9 @@ def cases(draw: Draw, *, masked: bool = False) -> Case:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             if getattr(module, "bias", None) is not None:
                 nn.init.normal_(module.bias)
+    parameters = list(model.parameters())
+    if len(parameters) > 2 and draw(st.sampled_from([False, False, False, True])):
+        draw(st.sampled_from(parameters)).requires_grad_(False)
     batches = draw(st.sampled_from([[3], [4], [3, 2]]))
     inputs = [
         torch.randint(VOCABULARY, (batch, *builder.start)) if tokens else torch.randn(batch, *builder.start).double()

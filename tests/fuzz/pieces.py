@@ -5,6 +5,7 @@ A piece may say of itself, for the reference:
 ``mixes``      its rows, or its outputs, depend on more than one example;
 ``unaligned``  its layers do not hold their examples along the first dimension, so that nothing that sums per example is
                defined for them (the factors of ``expand`` are).
+``flat``       the weights of its layers have uses that no layer's forward shows: their parameters have diagonal curvature.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------
 # What happens to the output of a layer right away
@@ -65,6 +67,7 @@ class Piece(nn.Module):
 
     mixes: ClassVar[bool] = False
     unaligned: ClassVar[bool] = False
+    flat: bool = False
 
     def __init__(self, layer: nn.Module, after: str = "nothing") -> None:
         super().__init__()
@@ -202,6 +205,40 @@ class Residual(Piece):
         return x + self.call(x)
 
 
+class Checkpointed(Piece):
+    """The layer runs again in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.call, x, use_reentrant=False)
+
+
+class WithTeacher(Piece):
+    """The layer also runs without gradients, as a target network does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.call(x)
+        return self.call(x) - 0.5 * target
+
+
+class OnlyTheWeight(Piece):
+    """A weight used without its layer."""
+
+    flat = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return AFTER[self.after](F.linear(x, self.layer.weight, self.layer.bias))
+
+
+class WeightBeside(Piece):
+    """A weight used in its layer and beside it, transposed."""
+
+    flat = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.call(x), self.layer.weight.mT)
+
+
 # ---------------------------------------------------------------------------------------------
 # Pieces without a layer of their own, and those with several
 
@@ -314,6 +351,34 @@ class Attention(nn.Module):
         else:
             mixed = self.out(mixed)
         return x + mixed
+
+
+class TiedHead(nn.Module):
+    """Scores of an embedding's rows: the other use of a weight that belongs to the first piece."""
+
+    mixes = unaligned = False
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table = [table]  # in a list: not a second name of the module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.table[0].weight)
+
+
+class SharedWeight(nn.Module):
+    """Two layers, one weight."""
+
+    mixes = unaligned = False
+    flat = True
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(features, features), nn.Linear(features, features)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
 
 
 class TorchAttention(nn.Module):

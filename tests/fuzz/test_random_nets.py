@@ -34,6 +34,7 @@ class Setting:
     sharing: str
     label_samples: int
     damping: float
+    through: str  # the logits are the model's output, or picked by outputs=, which also hands over the mask
 
 
 PRECONDITIONERS = [
@@ -50,8 +51,9 @@ def optimizer_settings(draw) -> Setting:
     fisher = draw(st.sampled_from(["mc", "exact", "empirical"]))
     curvature, style = draw(st.sampled_from(PRECONDITIONERS))
     sharing = draw(st.sampled_from(["expand", "expand", "reduce"]))
+    through = draw(st.sampled_from(["tensor", "tensor", "outputs"]))
     samples = draw(st.sampled_from([1, 2])) if fisher == "mc" else 1
-    return Setting(fisher, curvature, style, sharing, samples, draw(st.sampled_from([1e-2, 1.0])))
+    return Setting(fisher, curvature, style, sharing, samples, draw(st.sampled_from([1e-2, 1.0])), through)
 
 
 FUZZ = {
@@ -92,34 +94,46 @@ def test_curvature_and_directions_of_many_random_nets_with_masked_terms(case, se
 
 
 def check(case: Case, setting: Setting) -> None:
-    """One step of a bare KFAC with ``lr=1`` on the passes of ``case``, against the reference."""
+    """A step of a bare KFAC with ``lr=1`` on the passes of ``case``, against the reference.
+
+    A step with ``lr=0`` comes before it: what a layer's weight does beside its forward shows in it, and all else repeats.
+    """
     note(f"{case.model}\ninputs {[tuple(x.shape) for x in case.inputs]}, {case.likelihood}, masks {case.masks}, {setting}")
     expected = truth(case, setting.fisher, setting.sharing)
     before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
+    mask: list[Tensor] = []
+    pick = {"tensor": None, "outputs": lambda logits: (logits, mask[-1]) if mask else logits}[setting.through]
     with own_warnings() as said:
         optimizer = bare_kfac(
             case.model,
-            lr=1.0,
             fisher=setting.fisher,
             curvature=setting.curvature,
             damping_style=setting.style,
             weight_sharing=setting.sharing,
             label_samples=setting.label_samples,
             damping=setting.damping,
+            factor_decay=0.0,  # the last estimate alone: bases of degenerate factors may differ between the steps
             likelihood=fixed_likelihood(case.likelihood, case.variance),
+            outputs=pick,
         )
-        run(optimizer, case, expected)
+        for lr in (0.0, 1.0):
+            optimizer.param_groups[0]["lr"] = lr
+            run(optimizer, case, expected, mask if setting.through == "outputs" else None)
+            check_gradients(case.model, expected.gradients)
     directions = {name: before[name] - p.detach() for name, p in case.model.named_parameters()}
-    check_gradients(case.model, expected.gradients)
-    check_blocks(optimizer, case, setting, expected, directions)
     unexpected = beyond_announcements(said, [UNKNOWN_EXAMPLES] if case.unaligned else [])
     assert not unexpected, unexpected
+    check_blocks(optimizer, case, setting, expected, directions)
 
 
-def run(optimizer: KFAC, case: Case, expected: Truth) -> None:
+def run(optimizer: KFAC, case: Case, expected: Truth, handed_over: list[Tensor] | None) -> None:
+    """One step; masks go into ``handed_over`` if it is there, else through ``masked``."""
     optimizer.zero_grad()
     for number, x in enumerate(case.inputs):
-        with nullcontext() if case.masks is None else optimizer.masked(case.masks[number]):
+        mask = None if case.masks is None else case.masks[number]
+        if handed_over is not None and mask is not None:
+            handed_over.append(mask)
+        with nullcontext() if mask is None or handed_over is not None else optimizer.masked(mask):
             logits = case.model(x)
         mean_loss(case, number, logits, expected.terms).backward()
     optimizer.step()
@@ -138,7 +152,7 @@ def check_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
 def check_blocks(optimizer: KFAC, case: Case, setting: Setting, expected: Truth, directions: dict[str, Tensor]) -> None:
     names = block_names(case.model)
     if setting.curvature == "diagonal":
-        names = {name: None for name, _ in case.model.named_parameters()}
+        names = {name: None for name, p in case.model.named_parameters() if p.requires_grad}
     assert set(optimizer.curvature) == set(names)
     largest = Largest()
     checks = []
@@ -268,4 +282,6 @@ def split_solve(input_factor: Tensor, output_factor: Tensor, damping: float, gra
 
 def matrix_of(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> Tensor:
     """The layer's weight and bias among ``tensors`` by name, as a matrix."""
-    return weight_matrix(module, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+    bias = getattr(module, "bias", None)
+    trained = bias is not None and bias.requires_grad
+    return weight_matrix(module, tensors[f"{name}.weight"], tensors[f"{name}.bias"] if trained else None)

@@ -184,7 +184,10 @@ class Recorder:
             if not torch.is_grad_enabled():
                 return output
             self.calls.setdefault(name, []).append((args[0].detach().clone(), output))
-            return output.clone()
+            copied = output.clone()
+            # torch's backward of InstanceNorm is wrong for one example whose gradient lies channels-last in memory.
+            copied.register_hook(lambda gradient: gradient.contiguous())
+            return copied
 
         return hook
 

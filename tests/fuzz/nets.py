@@ -87,7 +87,9 @@ class Builder:
             layer, shape = nn.Linear(features, out, bias=self.bias()), self.shape
         else:
             layer, shape = nn.Linear(features, out, bias=self.bias()), (*lead, out)
-        self.add(kind(layer, self.after()), shape)
+        # Nothing can be told of a weight that no gradient reaches, behind units that are all off.
+        after = self.pick(P.SMOOTH) if kind.flat else self.after()
+        self.add(kind(layer, after), shape)
 
     def norm(self) -> None:
         *lead, features = self.shape
@@ -171,9 +173,7 @@ class Builder:
         groups = self.pick([1, 1, 2, channels] if channels % 2 == 0 else [1, 1, channels])
         out = groups * self.pick([1, 2] if groups > 1 else [2, 3, 4])
         kind = P.Rows if rows else self.pick([P.Piece, P.Piece, P.OneByOne, P.Twice, P.ChannelsLastMemory, P.Checkpointed])
-        # torch's backward of InstanceNorm is wrong for one example whose gradient lies channels-last in memory.
-        instance = any(isinstance(m, nn.InstanceNorm2d) for piece in self.pieces for m in piece.modules())
-        if kind is P.ChannelsLastMemory and (dims != 2 or instance):
+        if kind is P.ChannelsLastMemory and dims != 2:
             kind = P.Piece
         kernel = [self.pick([1, 2, 3]) for _ in range(layer_dims)]
         mode = self.pick(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"])

@@ -3,7 +3,7 @@ r"""What the curvature of one step has to be, from plain autograd: no hook, fact
 The network runs example by example (as one batch where examples mix). Hooks record each call's input and put a copy in the
 place of its output, so that nothing overwrites what is recorded. For each column of output gradients (of a sampled label, of
 the data's, of the root of the output Hessian) autograd gives the gradient in the outputs of all calls and in all parameters.
-Rows are read off by loops (``tests.reference``).
+Rows are read off by loops (``layers``).
 
 ``N`` terms of the loss, ``R`` rows of a layer, over all passes of the step:
 :math:`A = \frac1N \sum a a^\top`, :math:`G = \frac1R \sum_{\text{columns}} \sum g g^\top`; EKFAC's scales and the moments of norm
@@ -21,22 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fuzz.fixed import OBSERVED, SAMPLED, class_dimension, labels, signs
+from tests.fuzz.layers import MATRICES, NORMS, call_rows, matrix, unbatched
 from tests.fuzz.nets import Case
-from tests.reference import input_rows, module_matrix, output_rows
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
-MATRICES = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
 
 
 @dataclass
@@ -196,20 +182,6 @@ class Recorder:
             handle.remove()
 
 
-def unbatched(module: nn.Module, x: Tensor) -> bool:
-    """Whether one call's input has no batch dimension."""
-    if isinstance(module, CONVOLUTIONS):
-        return x.dim() == len(module.kernel_size) + 1
-    return x.dim() == (0 if isinstance(module, nn.Embedding) else 1)
-
-
-def call_rows(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """``[leading, positions, groups, ·]`` of one call."""
-    if unbatched(module, x):
-        x, g = x.unsqueeze(0), g.unsqueeze(0)
-    return torch.stack([input_rows(module, row) for row in x]), torch.stack([output_rows(module, row) for row in g])
-
-
 def _add_run(
     found: dict[str, Expected], model: nn.Module, case: Case, number: int, where: slice, fisher: str, sharing: str
 ) -> None:
@@ -229,7 +201,7 @@ def _add_run(
             if case.mixes:
                 examples = list(example_matrices(module, at_calls[name], len(x)))
             else:
-                examples = [module_matrix(module, lambda p, found=at_parameters: _or_zero(found[id(p)], p))]
+                examples = [matrix(module, lambda p, found=at_parameters: _or_zero(found[id(p)], p))]
             first, masked = column == 0, case.masks is not None
             _add_column(found[name], module, at_calls[name], examples, len(x), sharing, first=first, masked=masked)
 

@@ -202,6 +202,29 @@ class Builder:
         layer = make(channels, out, tuple(kernel), groups=groups, bias=self.bias(), **options)
         self.add(kind(layer, self.after()), (out, *reached))
 
+    def transposed(self, channels: int, space: list[int]) -> None:
+        make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(space) - 1]
+        groups = self.pick([1, 1, 2] if channels % 2 == 0 else [1])
+        kernel, stride = [self.pick([1, 2, 3]) for _ in space], [self.pick([1, 1, 2]) for _ in space]
+        padding, dilation = [self.pick([0, 0, 1]) for _ in space], [self.pick([1, 1, 2]) for _ in space]
+        extra = [self.pick([0, min(1, max(s, d) - 1)]) for s, d in zip(stride, dilation)]
+        sizes = zip(space, stride, padding, dilation, kernel, extra)
+        reached = [(size - 1) * s - 2 * p + d * (k - 1) + e + 1 for size, s, p, d, k, e in sizes]
+        if min(reached) < 1 or math.prod(reached) > 40:
+            return
+        layer = make(
+            channels,
+            2 * groups,
+            tuple(kernel),
+            stride=tuple(stride),
+            padding=tuple(padding),
+            output_padding=tuple(extra),
+            dilation=tuple(dilation),
+            groups=groups,
+            bias=self.bias(),
+        )
+        self.add(P.Piece(layer, self.after()), (2 * groups, *reached))
+
     def on_images(self) -> None:
         channels, *space = self.shape
         dims = len(space)
@@ -210,7 +233,7 @@ class Builder:
         if what == "convolution":
             self.convolution()
         elif what == "norm":
-            group = 2 if channels % 2 == 0 else 1
+            group = 2 if channels % 2 == 0 and math.prod(space) > 1 else 1
             batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
             instance = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dims - 1]
             norms: list[tuple[type[P.Piece], nn.Module]] = [
@@ -225,8 +248,7 @@ class Builder:
         elif what == "pool" and min(space) > 1:
             self.add(P.Function(self.pick(["max pool", "avg pool"])), (channels, *[size // 2 for size in space]))
         elif what == "transposed" and math.prod(space) <= 16:
-            make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
-            self.add(P.Piece(make(channels, 2, 2), self.after()), (2, *[size + 1 for size in space]))
+            self.transposed(channels, space)
         elif what == "join":
             name = self.pick(["pool space", "flatten", "to sequence"])
             size = math.prod(space)

@@ -33,6 +33,17 @@ class NormAdapter(LayerAdapter):
         rows = self.channels_last(self.normalized(x)).permute(2, 0, 1).unsqueeze(-1)
         return append_one(rows) if self.layout.has_bias else rows
 
+    def gradient_spread(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        r"""With the rounding of ``x̂ = (x − μ) / σ`` itself, which grows with ``|x| / σ``: of a constant input ``x̂`` is nothing else.
+
+        ``1/σ²`` is ``(1 − mean x̂²) / eps``, for the mean of ``x̂²`` is the variance over the variance plus ``eps``.
+        """
+        rows, outputs = self.input_rows(x.to(dtype)), self.output_rows(gradient.to(dtype))
+        eps = max(getattr(self.module, "eps", None) or 0.0, torch.finfo(dtype).eps)
+        precision = (1.0 - rows[..., 0].square().mean()).clamp_min(0.0) / eps
+        squares = rows.square().sum(-1) + precision * self.output_rows(x.to(dtype)).square().squeeze(-1)
+        return (outputs.square().squeeze(-1) * squares).sum()
+
     def example_sums(self, x: Tensor, gradient: Tensor, keep: Tensor | None) -> Tensor:
         """Per-example gradients ``(Σ_t g x̂, Σ_t g)`` of scale and shift: ``[channels, batch, 1 or 2]``."""
         normalized = self.normalized(x)

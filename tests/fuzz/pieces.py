@@ -182,7 +182,8 @@ class Rows(Piece):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.transpose(1, 2).flatten(0, 1)
-        return self.call(rows).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        # Contiguous: torch's backward of BatchNorm is wrong behind a transposed view whose last dimension is one place.
+        return self.call(rows).unflatten(0, (x.shape[0], -1)).transpose(1, 2).contiguous()
 
 
 class ChannelsLastMemory(Piece):

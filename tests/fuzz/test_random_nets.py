@@ -18,6 +18,7 @@ from tests.fuzz.nets import Case, Draw, cases
 from tests.quiet import beyond_announcements, own_warnings
 from tests.support import bare_kfac
 
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")  # they are listened to
 UNKNOWN_EXAMPLES = r"example"  # said where a layer does not hold its examples along the first dimension
 PRECONDITIONERS = [
     ("kronecker", "factored"),

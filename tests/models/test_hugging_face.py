@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.models.check import Inputs, trains_with_default_kfac
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 VOCABULARY, LENGTH, BATCH, LABELS = 13, 6, 4, 3
 Case = tuple[nn.Module, Inputs, Tensor]

@@ -8,7 +8,11 @@ import torch
 from tests.models.check import AFFORDABLE, images, trains_with_default_kfac
 
 timm = pytest.importorskip("timm")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:KFAC"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 CLASSES = 5
 FAMILIES: dict[str, tuple[str, int, dict[str, object]]] = {

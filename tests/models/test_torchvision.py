@@ -12,6 +12,7 @@ from torch import nn
 from tests.models.check import AFFORDABLE, images, trains_with_default_kfac
 
 torchvision = pytest.importorskip("torchvision")
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC")
 M = torchvision.models
 CLASSES = 5
 

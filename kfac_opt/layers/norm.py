@@ -34,7 +34,7 @@ class NormAdapter(LayerAdapter):
         return append_one(rows) if self.layout.has_bias else rows
 
     def gradient_spread(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        r"""With the rounding of ``x̂ = (x − μ) / σ`` itself, which grows with ``|x| / σ``; of a constant input ``x̂`` is all rounding.
+        r"""With the rounding of ``x̂ = (x − μ) / σ`` itself, which grows with ``|x| / σ``: all there is where ``x`` is constant.
 
         ``1/σ²`` is ``(1 − mean x̂²) / eps``, for the mean of ``x̂²`` is the variance over the variance plus ``eps``.
         """

@@ -19,7 +19,7 @@ from tests.quiet import beyond_announcements, own_warnings
 from tests.support import bare_kfac
 
 pytestmark = pytest.mark.filterwarnings("ignore:KFAC")  # they are listened to
-UNKNOWN_EXAMPLES = r"example"  # said where a layer does not hold its examples along the first dimension
+UNKNOWN_EXAMPLES = "not known which rows belong to one example"  # where batches are not in front
 PRECONDITIONERS = [
     ("kronecker", "factored"),
     ("kronecker", "exact"),

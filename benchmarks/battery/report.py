@@ -18,6 +18,7 @@ from benchmarks.common.results import read_json, write_text
 
 REFERENCE = "adamw"
 NOT_REACHED = 2.0
+MARKERS = {"adamw": "o", "muon": "v", "soap": "^", "shampoo": "s", "sgd": "P"}
 Found = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -182,23 +183,33 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def figure(content: dict[str, Any]) -> bytes:
     """PNG: one line for each task, one mark for each contestant, shares of AdamW's steps and seconds."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     from benchmarks.common.figures import COLOURS, OPTIMIZER_COLOURS, figure_png, house_style, plt
 
     table, labels = content["tasks"], content["labels"]
     tasks = [t for t in reversed(table) if t in KEPT_ASIDE] + [t for t in reversed(table) if t not in KEPT_ASIDE]
+    colours = {**OPTIMIZER_COLOURS, "soap": COLOURS[5], "shampoo": COLOURS[3], "kfac_searched": COLOURS[1]}
     with house_style():
-        canvas, panels = plt.subplots(1, 2, figsize=(11, 0.34 * len(tasks) + 1.6), sharey=True)
+        canvas, panels = plt.subplots(1, 2, figsize=(12, 0.34 * len(tasks) + 1.6), sharey=True)
         for axes, ratio, title in ((panels[0], steps_ratio, "steps"), (panels[1], seconds_ratio, "seconds")):
             for index, name in enumerate(labels):
-                here = [place for place, task in enumerate(tasks) if name in table[task]]
-                colour = OPTIMIZER_COLOURS.get(name, COLOURS[(index + 3) % len(COLOURS)])
-                marker = "D" if name.startswith("kfac") else "ov^<>sP"[index % 7]
-                values = [ratio(table[tasks[place]][name]) for place in here]
-                axes.plot(values, here, marker, color=colour, label=labels[name], markersize=6, alpha=0.85)
-            axes.axvline(1.0, color="#777777", linewidth=1.0)
+                for place in (place for place, task in enumerate(tasks) if name in table[task]):
+                    entry = table[tasks[place]][name]
+                    fill = "none" if None in entry["steps"] else "full"
+                    marker, colour = MARKERS.get(name, "D"), colours.get(name, COLOURS[index % len(COLOURS)])
+                    axes.plot(ratio(entry), place, marker, color=colour, fillstyle=fill, markersize=7, alpha=0.85)
+                axes.plot(
+                    [], [], MARKERS.get(name, "D"), color=colours.get(name, COLOURS[index % len(COLOURS)]), label=labels[name]
+                )
+            axes.axvline(1.0, color="#777777", linewidth=1.0, zorder=0)
             axes.set(xscale="log", xlabel=f"share of tuned AdamW's {title}")
-        panels[0].set_yticks(range(len(tasks)), [task + ("*" if task in KEPT_ASIDE else "") for task in tasks])
-        panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+            axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20]))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:g}")
+        panels[0].set_yticks(range(len(tasks)), [TASKS[task].title + ("*" if task in KEPT_ASIDE else "") for task in tasks])
+        notes = "hollow: not by every seed\n*: kept aside"
+        panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, title=notes)
         return figure_png(canvas)
 
 

@@ -195,7 +195,7 @@ TASKS: dict[str, BatteryTask] = {
     "char_lstm": BatteryTask(
         "Tiny Shakespeare, LSTM of 128", CharLSTM, _read(DataConfig("shakespeare", num_test=500, context=32)), batch_size=32
     ),
-    "fields": BatteryTask("Tiny Shakespeare, hashed n-grams, embeddings + MLP", FieldNet, _fields),
+    "fields": BatteryTask("Tiny Shakespeare, hashed n-grams, MLP", FieldNet, _fields),
     "diffusion": BatteryTask(
         "MNIST at 14 × 14, diffusion", Denoiser, _clean_digits, "gaussian", sgd_scale=0.03, noise=_add_noise
     ),

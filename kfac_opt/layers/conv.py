@@ -36,14 +36,18 @@ class ConvAdapter(LayerAdapter):
         """As the plain version, in chunks of examples."""
         total: Tensor | None = None
         for part, own in self._chunks(x, gradient):
-            product = super().weight_gradient(part, own, dtype)
+            outputs = own.to(dtype).transpose(0, 1).reshape(self.module.groups, self.layout.shape[1], -1)
+            product = outputs @ self.patch_columns(part.to(dtype)).mT
             total = product if total is None else total.add_(product)
         assert total is not None
         return total
 
     def gradient_spread(self, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """As the plain version, in chunks of examples."""
-        return torch.stack([super(ConvAdapter, self).gradient_spread(*part, dtype) for part in self._chunks(x, gradient)]).sum()
+        """As the plain version; the squared norm of a patch is a patch of the squares summed over channels."""
+        groups, dims = self.module.groups, len(self.module.kernel_size)
+        inputs, outputs = (self.batched(t.to(dtype)).square().unflatten(1, (groups, -1)).sum(2) for t in (x, gradient))
+        norms = self.windows(inputs).flatten(3 + dims).sum(-1)[:, :, 0]
+        return ((norms + float(self.layout.has_bias)) * outputs).sum()
 
     def _chunks(self, x: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Examples of which at most ``CHUNK_ENTRIES`` of patches are held at a time, with their output gradients."""

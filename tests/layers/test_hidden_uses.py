@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac_opt import KFAC
+from kfac_opt.layers import find_adapter
 from tests import reference
 from tests.support import assert_same, bare_kfac, close, data, estimate, gradients, train_step, weights
 
@@ -379,3 +380,25 @@ def test_a_proof_holds_until_the_layer_is_replaced():
     model[2] = nn.Linear(4, 3)
     optimizer.add_param_group({"params": list(model[2].parameters())})
     assert optimizer._collector.proven <= {"0"}
+
+
+CONVOLUTIONS = {
+    "plain": lambda: nn.Conv2d(4, 6, 3),
+    "strided, padded, dilated, grouped": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2),
+    "circular": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", bias=False),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_sums_of_a_convolution_are_those_of_its_rows(name):
+    torch.manual_seed(0)
+    layer = CONVOLUTIONS[name]().double()
+    adapter = find_adapter(layer)(layer, layer.bias is not None)
+    x = torch.randn(3, 4, 7, 7, dtype=DOUBLE)
+    out = layer(x)
+    gradient = torch.randn_like(out)
+    found = torch.autograd.grad(out, list(layer.parameters()), gradient)
+    close(adapter.weight_gradient(x, gradient, DOUBLE), adapter.layout.to_matrix(*found))
+    inputs, outputs = adapter.input_rows(x), adapter.output_rows(gradient)
+    close(adapter.gradient_spread(x, gradient, DOUBLE), (inputs.square().sum(-1) * outputs.square().sum(-1)).sum())

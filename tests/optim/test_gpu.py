@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
+from tests.contracts.stateful import REPEATABLE
+from tests.contracts.stateful import build as build_stateful
 from tests.contracts.zoo import NETWORKS, build, loss
 from tests.support import assert_same, bare_kfac, gradients, train_step, weights
 
@@ -169,3 +171,24 @@ def test_compiled_model_trains_on_the_device():
     losses = [train_step(optimizer, fast, *batch()) for _ in range(40)]
     assert losses[-1] < losses[0]
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("name", REPEATABLE)
+def test_the_capture_is_not_noticed_on_the_device(name, fisher):
+    """The engine runs the nodes of a device in a thread of its own, the capture's in the same."""
+    found = []
+    for attach in (None, lambda model: KFAC(model, fisher=fisher, lr=0.0, factor_interval=2, ramp_steps=0)):
+        model, x, y = build_stateful(REPEATABLE[name])
+        model, x, y = model.to(CUDA), x.to(CUDA), y.to(CUDA)
+        torch.manual_seed(7)
+        optimizer = attach(model) if attach is not None else None
+        for _ in range(3):
+            model.zero_grad()
+            model.log.clear()
+            F.cross_entropy(model(x), y).backward()
+            buffers = copy.deepcopy(dict(model.named_buffers()))
+            found.append([gradients(model), list(model.log), buffers, torch.cuda.get_rng_state()])
+            if optimizer is not None:
+                optimizer.step()
+    assert_same(found[3:], found[:3])

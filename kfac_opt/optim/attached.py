@@ -137,6 +137,7 @@ class AttachedOptimizer(Optimizer):
             options.refresh != "together",
             options.ramp_steps,
             options.process_group,
+            shared_gradients=options.fisher == "empirical" and options.loss_reduction == "mean",
         )
         self._built_for = [group["curvature"] for group in self.param_groups]
         self._gone = uncovered(self.param_groups, self._tracked)  # parameters that left the model are not looked for again

@@ -30,6 +30,7 @@ class VariationalOptions:
 
     def check(self, owner: str) -> None:
         checks.check_count(owner, "num_samples", self.num_samples)
+        checks.check_process_group(owner, "sample_group", self.sample_group)
         for name, allowed in (
             ("posterior_damping", ("exact", "factored")),
             ("prior_gradient", ("mean", "sample")),

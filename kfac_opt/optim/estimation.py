@@ -32,6 +32,7 @@ class Estimation:
         staggered: spread the refreshes of a round over its steps; of every round, where all together cost ``EVEN_FROM``.
         ramp_steps: early steps that all take an estimate; 0 switches the ramp of the inverses off as well.
         process_group: over which statistics are summed.
+        shared_gradients: the squares of parameters outside layers are of the mean gradient that every rank holds.
     """
 
     def __init__(
@@ -40,7 +41,10 @@ class Estimation:
         staggered: bool,
         ramp_steps: int,
         process_group: dist.ProcessGroup | None,
+        *,
+        shared_gradients: bool = False,
     ) -> None:
+        self.shared_gradients = shared_gradients
         self.tracked, self.ramp_steps, self.process_group = tracked, ramp_steps, process_group
         if any(entry.weight.device.type == "cpu" for entry in tracked.values()):
             keep_freed_memory()
@@ -103,7 +107,7 @@ class Estimation:
         """Adds sums and counts over the ranks; a rank without a pass joins with zeros. Returns ``N``."""
         if group is None:
             return pending.num_terms
-        counts = [pending.num_terms]
+        counts = [pending.num_terms, pending.num_terms**2]
         tensors: list[Tensor] = []
         for name, entry in due.items():
             statistics = pending.statistics.setdefault(name, Statistics())
@@ -116,7 +120,13 @@ class Estimation:
         numbers = torch.tensor(counts, dtype=torch.float64, device=tensors[0].device if tensors else None)
         sum_over_ranks_([numbers, *tensors], group)
         total = [round(number) for number in numbers.tolist()]
-        for name, rows in zip(due, total[1:]):
+        if self.shared_gradients and total[1]:
+            # Every rank's (√R N_rank)² add up to R Σ N_rank², which is N² where the batches are of one size.
+            share = total[0] ** 2 / (dist.get_world_size(group) * total[1])
+            for name, entry in due.items():
+                if entry.module is None and share != 1.0:
+                    pending.statistics[name].sums["square"].mul_(share)
+        for name, rows in zip(due, total[2:]):
             pending.statistics[name].num_rows = rows
             if due[name].module is not None and rows == 0:
                 del pending.statistics[name]  # no rank saw this layer

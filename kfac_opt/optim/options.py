@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 CURVATURES = ("kronecker", "eigenbasis", "diagonal", "identity")
@@ -54,6 +55,14 @@ def check_count(owner: str, name: str, value: object, *, low: int = 1) -> None:
 def check_switch(owner: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def check_process_group(owner: str, name: str, value: object) -> None:
+    if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(
+            f"{owner}: {name} must be a torch.distributed.ProcessGroup that this process belongs to, or None, got {value!r}. "
+            "torch.distributed.new_group() makes one; a DeviceMesh gives one with get_group()."
+        )
 
 
 # Keys that torch and its schedulers keep in a group beside the optimizer's own.

@@ -87,9 +87,7 @@ class SavedOptimizer(AttachedOptimizer):
             warnings.simplefilter("ignore")  # they are named when the state is loaded
             whole = self._track_blocks(kinds, set())
             flat = {
-                name
-                for name, entry in whole.items()
-                if entry.module is not None and has_diagonal(states.get(id(entry.weight)))
+                name for name, entry in whole.items() if entry.module is not None and has_diagonal(states.get(id(entry.weight)))
             }
             found = self._track_blocks(kinds, flat) if flat else whole
         return {id(entry.weight): entry for entry in found.values()}

@@ -57,5 +57,6 @@ class CurvatureOptions:
         checks.check_switch(owner, "gradient_rows", self.gradient_rows)
         if self.foreach is not None:
             checks.check_switch(owner, "foreach", self.foreach)
+        checks.check_process_group(owner, "process_group", self.process_group)
         if self.outputs is not None and not callable(self.outputs):
             raise TypeError(f"{owner}: outputs must be a function of the model's output, got {self.outputs!r}")

@@ -145,3 +145,25 @@ def test_a_use_of_a_weight_that_one_rank_finds_holds_for_all(ranks):
     assert list(first["blocks"]) == list(second["blocks"]) == ["inner.weight", "inner.bias", "head"]
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
     assert float(first["blocks"]["inner.weight"].diagonal().sum()) > 0
+
+
+def test_a_rank_without_a_forward_joins_with_zeros(ranks):
+    alone = SCENARIOS["missing forward"](None)
+    for rank in ranks:
+        assert_close(rank["missing forward"]["blocks"], alone["blocks"])
+
+
+def test_where_no_rank_ran_the_model_all_say_so(ranks):
+    for rank in ranks:
+        assert "the forward of the model was not seen" in rank["no forward at all"]["error"]
+
+
+def test_what_one_rank_cannot_factorise_all_raise(ranks):
+    assert "rank 1 says why" in ranks[0]["not factorised"]["error"]
+    assert "broken on purpose" in ranks[1]["not factorised"]["error"]
+    assert "Raise damping" in ranks[0]["not factorised"]["error"]
+
+
+def test_squared_gradients_of_unequal_batches_count_all_terms(ranks):
+    for found in (*(rank["unequal squares"] for rank in ranks), SCENARIOS["unequal squares"](None)):
+        assert_close(found["found"], found["expected"])

@@ -130,6 +130,78 @@ def no_sync(rank: int | None) -> dict[str, Any]:
     return results(model, optimizer)
 
 
+def missing_forward(rank: int | None) -> dict[str, Any]:
+    """Gradients are summed by hand, and the second rank has no batch in the second step: it never runs the model."""
+    from kfac_opt import KFAC
+
+    model = network()
+    optimizer = KFAC(model, **options(lr=0.0))
+    x, y = batch(0)
+    F.cross_entropy(model(share(x, rank)), share(y, rank)).backward()
+    optimizer.step()
+    if rank != 1:
+        optimizer.zero_grad()
+        x, y = batch(1)
+        F.cross_entropy(model(x[:32]), y[:32]).backward()
+    optimizer.step()  # the gradients of the second rank are there, however they came
+    return results(model, optimizer)
+
+
+def no_forward_at_all(rank: int | None) -> dict[str, Any]:
+    """A part of the model is called, on all ranks: all say so."""
+    from kfac_opt import KFAC
+
+    model = network()
+    optimizer = KFAC(model, **options())
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def not_factorised(rank: int | None) -> dict[str, Any]:
+    """One rank cannot factorise what it owns: nobody waits for it."""
+    from kfac_opt import KFAC
+    from kfac_opt.curvature.kronecker import KroneckerBlock
+    from kfac_opt.linalg import FactorizationError
+
+    model = network()
+    optimizer = KFAC(model, **options())
+    model(share(batch(0)[0], rank))
+    inverses = KroneckerBlock._inverses
+
+    def fail(*_: Any) -> Any:
+        raise FactorizationError("broken on purpose")
+
+    if rank == 1:
+        KroneckerBlock._inverses = fail  # type: ignore[method-assign]
+    try:
+        optimizer.step()
+    except FactorizationError as error:
+        return {"error": str(error)}
+    finally:
+        KroneckerBlock._inverses = inverses  # type: ignore[method-assign]
+    return {}
+
+
+def unequal_squares(rank: int | None) -> dict[str, Any]:
+    """Empirical Fisher of parameters outside layers: ``N`` times the square of the gradient that all ranks hold."""
+    from kfac_opt import KFAC
+
+    model = network()
+    net = model if rank is None else DistributedDataParallel(model)
+    optimizer = KFAC(model, **options(lr=0.0, fisher="empirical", curvature="diagonal"))
+    mine = slice(None) if rank is None else slice(0, 40) if rank == 0 else slice(40, 64)
+    x, y = batch(0)
+    F.cross_entropy(net(x[mine]), y[mine]).backward()
+    optimizer.step()
+    expected = {n: (64 * p.grad.square()).flatten() for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: v.to_dense().diagonal().clone() for n, v in optimizer.curvature.items()}
+    return {"expected": expected, "found": found}
+
+
 class Experts(nn.Module):
     """Each example goes through one of two layers, by the sign of its first entry."""
 
@@ -380,6 +452,10 @@ SCENARIOS: dict[str, Callable[[int | None], dict[str, Any]]] = {
     "hidden use": hidden_use,
     "resume": resume,
     "own group": own_group,
+    "missing forward": missing_forward,
+    "no forward at all": no_forward_at_all,
+    "not factorised": not_factorised,
+    "unequal squares": unequal_squares,
     "sharded": sharded,
 }
 

@@ -655,3 +655,9 @@ def test_an_unknown_option_of_a_group_is_kept_and_said():
     with pytest.warns(UserWarning, match=r"'dampng' in a parameter group is no option of KFAC"):
         optimizer = KFAC(model, [{"params": model.parameters(), "dampng": 0.1}])
     assert optimizer.param_groups[0]["dampng"] == 0.1
+
+
+@pytest.mark.parametrize("group", ["x", 0, object()])
+def test_a_process_group_that_is_none(group):
+    with pytest.raises(TypeError, match=r"KFAC: process_group must be a torch.distributed.ProcessGroup .*new_group"):
+        KFAC(mlp(), process_group=group)

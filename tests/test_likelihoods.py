@@ -246,3 +246,11 @@ def test_a_squared_error_contradicts_the_categorical_likelihood_in_every_precisi
 def test_the_gaussian_loss_refuses_to_pair_every_output_with_every_target():
     with pytest.raises(ValueError, match=r"outputs are \[5, 1\] and the targets \[5\].*view_as"):
         Gaussian().loss(torch.zeros(5, 1), torch.ones(5))
+
+
+@pytest.mark.parametrize("size", [1e39, 1e300])
+def test_labels_are_drawn_from_logits_beyond_single_precision(size: float):
+    logits = torch.tensor([[size, 0.0, -size], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    labels = Categorical().sample(logits.expand(50, 2, 3), torch.Generator().manual_seed(0))
+    assert set(labels[:, 0].tolist()) == {0}
+    assert set(labels[:, 1].tolist()) == {0, 1, 2}

@@ -91,7 +91,11 @@ class Categorical(Likelihood):
     def sample(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
         dim = self.dimension(outputs)
         logits = outputs.detach().movedim(dim, -1)
-        flat = torch.softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1)
+        rows = logits.reshape(-1, logits.shape[-1])
+        if rows.dtype == torch.float64:  # which may be beyond single precision
+            highest = rows.amax(-1, keepdim=True)
+            rows = rows - highest.where(torch.isfinite(highest), 0.0)
+        flat = torch.softmax(rows.float(), dim=-1)
         return torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:-1])
 
     def label_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:

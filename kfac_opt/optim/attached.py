@@ -109,7 +109,7 @@ class AttachedOptimizer(Optimizer):
             make_generator,
             options.process_group,
         )
-        self._written: list[tuple[weakref.ref[Tensor], int]] = []
+        self._wrote = False  # whether gradients may be directions already
         self._arm()
 
     def _track_blocks(self, groups: list[dict[str, Any]], flat: set[str]) -> dict[str, TrackedBlock]:

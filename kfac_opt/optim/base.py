@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,6 +22,8 @@ from kfac_opt.optim.saved import SavedOptimizer
 from kfac_opt.optim.tracking import TrackedBlock, describe_apart, describe_foreign, describe_unused
 from kfac_opt.optim.uncounted import describe_uncounted
 from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
+
+WRITTEN = "_preconditioned_at"  # of a gradient: its version when it was replaced by its direction
 
 
 class CurvatureOptimizer(SavedOptimizer):
@@ -110,7 +111,9 @@ class CurvatureOptimizer(SavedOptimizer):
                 directions = cast_to_parameters(found.directions, found.parameters, 0.0)
                 for parameter, direction in zip(found.parameters, directions):
                     assert parameter.grad is not None
-                    self._written.append((weakref.ref(parameter.grad), parameter.grad._version + 1))
+                    self._wrote = True
+                    # On the gradient itself: tensors that somebody refers to weakly cannot be swapped.
+                    setattr(parameter.grad, WRITTEN, parameter.grad._version + 1)
                     parameter.grad.copy_(direction)
 
     def _forget_rows(self) -> None:
@@ -122,17 +125,14 @@ class CurvatureOptimizer(SavedOptimizer):
         return full_precision(next(p for group in self.param_groups for p in group["params"]).device)
 
     def _refuse_written(self) -> None:
-        for reference, version in self._written:
-            gradient = reference()
-            if gradient is not None and gradient._version == version and self._is_current(gradient):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None] if self._wrote else []
+        for parameter in parameters:
+            if getattr(parameter.grad, WRITTEN, None) == parameter.grad._version:
                 raise RuntimeError(
                     f"{type(self).__name__}: these gradients were already preconditioned by precondition_gradients_(). Let "
                     "the other optimizer take the step, then zero_grad() and backward() before the next call."
                 )
-        self._written = []
-
-    def _is_current(self, gradient: Tensor) -> bool:
-        return any(p.grad is gradient for group in self.param_groups for p in group["params"])
+        self._wrote = False
 
     def _advance_curvature(self) -> None:
         """State, estimates and refreshes of this step; counts it."""

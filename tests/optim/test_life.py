@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -266,3 +267,36 @@ def test_an_interrupt_of_a_pass_in_one_thread_does_not_end_that_of_another():
     thread.start()
     thread.join()
     assert found == [len(data()[0])]
+
+
+# -- tensors that are swapped ---------------------------------------------------------------------------------
+
+
+def test_gradients_may_be_swapped_after_they_were_preconditioned():
+    """As ``model.to()`` does with ``torch.__future__.set_swap_module_params_on_conversion(True)``."""
+    model = mlp()
+    optimizer = KFAC(model, **SETTINGS)
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    optimizer.precondition_gradients_()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert not any(weakref.getweakrefs(tensor) for p in model.parameters() for tensor in (p, p.grad))
+
+
+def test_gradients_are_preconditioned_once_and_new_ones_again():
+    model = mlp()
+    optimizer = KFAC(model, **SETTINGS)
+    for _ in range(3):
+        F.cross_entropy(model(data()[0]), data()[1]).backward()
+        optimizer.precondition_gradients_()
+        for call in (optimizer.step, optimizer.precondition_gradients_):
+            with pytest.raises(RuntimeError, match="already preconditioned"):
+                call()
+        optimizer.zero_grad()
+    F.cross_entropy(model(data()[0]), data()[1]).backward()
+    optimizer.precondition_gradients_()
+    F.cross_entropy(model(data()[0]), data()[1]).backward()  # accumulated: no longer what was written
+    optimizer.step()

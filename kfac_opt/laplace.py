@@ -164,7 +164,7 @@ class _Fit:
             if not int(totals[1]):
                 raise ValueError("fit_laplace: the loader has no batches, or none with finite outputs.")
             with torch.no_grad():
-                estimation.advance(self.states, pending, step, groups, lambda _: Damping(1.0, relative=False))
+                estimation.advance(self.states, pending, step, groups, lambda _: Damping(1.0, "absolute"))
         finally:
             self.collector.detach()
         return int(totals[1]), float(totals[0])

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -121,24 +122,35 @@ class Statistics:
                 self.add("input", part.form(part.call))
 
 
+DampingScale = Literal["relative", "mean", "absolute"]
+
+
 @dataclass(frozen=True)
 class Damping:
-    """Damping in force: ``extra + value`` or, relative, ``extra + value · max(τ, 0.1 max τ)`` (MATH: damping scale).
+    """Damping in force, on top of ``extra``, and the power of the damped curvature: directions are ``(F + γ)^(-power) V``.
 
-    ``power`` is that of the damped curvature: directions are ``(F + γ)^(-power) V``.
+    ``"absolute"``: γ is ``value``. ``"relative"``: ``value · max(τ, 0.1 max τ)``, τ the mean eigenvalue times the square
+    root of the block's size (MATH: damping scale). ``"mean"``: ``value`` times the mean of the eigenvalues it is added to,
+    those of each factor where the damping is split, else those of the block.
     """
 
     value: float
-    relative: bool
+    scale: DampingScale
     extra: float = 0.0
     power: float = 1.0
 
-    def of(self, state: State) -> Tensor:
-        """0-dim γ of a block. A block whose scale was zero so far gets 1: it then leaves the gradient alone."""
+    def of(self, state: State, size: int, *, split: bool = False) -> Tensor:
+        """0-dim γ of a block of ``size`` eigenvalues. A scale that was zero so far gives 1: the gradient stays as it is.
+
+        ``split``: the damping is split between two factors, to each of which ``"mean"`` refers: their product is γ.
+        """
         scale, largest = state["scale"], state["scale_max"]
-        if not self.relative:
+        if self.scale == "absolute":
             return torch.full_like(scale, self.value + self.extra)
-        gamma = self.value * torch.maximum(scale, 0.1 * largest)
+        value = self.value
+        if self.scale == "mean":
+            value = (value * value if split else value) / math.sqrt(size)
+        gamma = value * torch.maximum(scale, 0.1 * largest)
         return torch.where(largest > 0, gamma, 1.0) + self.extra
 
 
@@ -226,6 +238,10 @@ class CurvatureBlock(ABC):
         return False
 
     # -- use ----------------------------------------------------------------------------------------------------
+
+    def gamma(self, state: State, damping: Damping) -> Tensor:
+        """0-dim γ in force."""
+        return damping.of(state, self.layout.numel)
 
     @abstractmethod
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:

@@ -44,7 +44,7 @@ class DiagonalBlock(CurvatureBlock):
         return state["diagonal"] / float(state["weight"])
 
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
-        return divided(matrix, self.diagonal(state).reshape(matrix.shape) + damping.of(state), damping.power)
+        return divided(matrix, self.diagonal(state).reshape(matrix.shape) + self.gamma(state, damping), damping.power)
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         return SpectralForm(None, None, self.diagonal(state).reshape(self.layout.shape))
@@ -88,7 +88,7 @@ class NormBlock(CurvatureBlock):
         return state["moment"] / float(state["weight"])
 
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
-        block, gamma = self.moment(state), damping.of(state)
+        block, gamma = self.moment(state), self.gamma(state, damping)
         if block.shape[-1] == 1:
             return divided(matrix, block + gamma, damping.power)
         if damping.power != 1.0:

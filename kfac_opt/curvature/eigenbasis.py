@@ -118,7 +118,7 @@ class EigenbasisBlock(KroneckerBlock):
         return [*super().refreshed_tensors(state), state["scales"]]
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
-        return self._damped(self.scales(state), damping.of(state))
+        return self._damped(self.scales(state), self.gamma(state, damping))
 
     def spectral_form(self, state: State, *, current: bool = True) -> SpectralForm:
         return self._form(state, self.scales(state))

@@ -92,7 +92,7 @@ class KroneckerBlock(FactorBlock):
         moved = not torch.equal(state["refreshed_estimates"], state["estimates"])
         if self.in_basis and not moved:
             return None  # bases do not depend on the damping
-        gamma = damping.of(state)
+        gamma = self.gamma(state, damping)
 
         def work(solved: Refreshed | None = None) -> Refreshed:
             new = {} if self.in_basis else {"refreshed_power": [torch.tensor(damping.power, dtype=torch.float64)]}
@@ -110,7 +110,7 @@ class KroneckerBlock(FactorBlock):
         if self.keeps_basis and not torch.equal(state["refreshed_estimates"], state["estimates"]):
             found |= {f"{name}_basis": (self._factor_blocks(state, name)[0], None) for name in SIDES}
         if not self.in_basis:
-            weights, splits = self._weights_and_splits(state, damping.of(state))
+            weights, splits = self._weights_and_splits(state, self.gamma(state, damping))
             for name, side in self.sides.items():
                 matrix = side.unpacked(state[f"{name}_factor"])[0].div_(weights.reshape(-1, 1, 1))
                 found[f"{name}_inverse"] = matrix, splits[name]
@@ -124,7 +124,7 @@ class KroneckerBlock(FactorBlock):
             state["failures"] += 1
             if self.gives_up(state):
                 raise FactorizationError(
-                    f"{error} ({int(state['failures'])} times in a row; damping {float(damping.of(state)):.3g}, factors "
+                    f"{error} ({int(state['failures'])} times in a row; damping {float(self.gamma(state, damping)):.3g}, factors "
                     f"of size {self.dims['input']} and {self.dims['output']})"
                 ) from error
             return
@@ -214,6 +214,9 @@ class KroneckerBlock(FactorBlock):
 
     # -- use ----------------------------------------------------------------------------------------------------
 
+    def gamma(self, state: State, damping: Damping) -> Tensor:
+        return damping.of(state, self.dims["input"] * self.dims["output"], split=self.style != "exact")
+
     def precondition(self, state: State, matrix: Tensor, damping: Damping) -> Tensor:
         if self.in_basis:
             turned = divided(self._turn(state, matrix), self.denominators(state, damping), damping.power)
@@ -247,7 +250,7 @@ class KroneckerBlock(FactorBlock):
 
     def denominators(self, state: State, damping: Damping) -> Tensor:
         """To the power, what the gradient is divided by in the eigenbasis, ``[groups, out_dim, in_dim]``."""
-        return self._damped(_outer(state["output_values"], state["input_values"]), damping.of(state))
+        return self._damped(_outer(state["output_values"], state["input_values"]), self.gamma(state, damping))
 
     def _damped(self, eigenvalues: Tensor, gamma: Tensor) -> Tensor:
         return split_damped(eigenvalues, gamma) if self.style == "split" else eigenvalues + gamma

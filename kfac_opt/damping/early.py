@@ -30,6 +30,11 @@ class EarlySteps:
     def __init__(self, owner: str, optimizer: Optimizer, num_steps: int, min_scale: float) -> None:
         if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 0:
             raise ValueError(f"{owner}: early_steps must be an integer >= 0, got {num_steps!r}")
+        if any(group.get("update_scale") == "rms" for group in optimizer.param_groups):
+            raise ValueError(
+                f"{owner}: with update_scale='rms' the length of a step does not depend on the damping, so that there is "
+                "nothing to adapt. Leave the rule out, or build the optimizer with update_scale='natural'."
+            )
         self.optimizer, self.num_steps, self.min_scale = optimizer, num_steps, min_scale
         self.refreshes = [0.0] * len(optimizer.param_groups)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_opt.optim.scale_free import ScaleFreeRule
 from kfac_opt.optim.tracking import TrackedBlock
 
 COUNTED = 2**24  # single precision, in which torch counts steps, ends there
@@ -44,6 +45,12 @@ def check_groups(owner: str, saved: list[dict[str, Any]], own: list[dict[str, An
                 f"load_state_dict: parameter group {number} of the saved state has no {missing}: it was not saved by "
                 f"{owner}. Start {owner} without it; load only the model's state."
             )
+        if given.get("update_scale") != group.get("update_scale"):
+            raise ValueError(
+                f"load_state_dict: the state was saved with update_scale={given['update_scale']!r}, this optimizer has "
+                f"{group['update_scale']!r}, whose momentum means something else. Build {owner} with "
+                f"update_scale={given['update_scale']!r}."
+            )
 
 
 def check_parameter(owner: str, name: str, state: object, parameter: Tensor, block: TrackedBlock | None) -> None:
@@ -65,6 +72,8 @@ def check_parameter(owner: str, name: str, state: object, parameter: Tensor, blo
         raise ValueError(f"{where} has 'step' {step:g}, expected a whole number from 0 to 2**24. {DAMAGED}")
     if "momentum_buffer" in state:
         _check_tensor(owner, f"{where}: 'momentum_buffer'", state["momentum_buffer"], parameter)
+    if "pace" in state:
+        _check_tensor(owner, f"{where}: 'pace'", state["pace"], ScaleFreeRule().init_state(parameter.device))
     curvature = state.get("curvature")
     if curvature is None or block is None:
         return

@@ -20,6 +20,7 @@ from kfac_opt.likelihoods import Likelihood, make_likelihood
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.census import Census
 from kfac_opt.optim.estimation import Estimation
+from kfac_opt.optim.scale_free import ScaleFreeRule
 from kfac_opt.optim.seeds import LABELS, derive_seed, seeded
 from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.optim.tracking import BlockOptions, TrackedBlock, few_rows, replaced, track, uncovered
@@ -51,6 +52,7 @@ class AttachedOptimizer(Optimizer):
         checks.check_model(owner, model)
         options.check(owner)
         self._options = options
+        self._rule = ScaleFreeRule() if options.update_scale == "rms" else None
         self._likelihood = make_likelihood(options.likelihood)
         self._base_seed = 0
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -254,11 +256,21 @@ class AttachedOptimizer(Optimizer):
     def _damping(self, tracked: TrackedBlock) -> Damping:
         """Damping in force for a block."""
         group = self.param_groups[tracked.group]
-        relative = self._options.damping_scale == "relative"
-        return Damping(float(group["damping"]), relative, power=float(group.get("power", 1.0)))
+        return Damping(float(group["damping"]), self._options.damping_scale, power=float(group.get("power", 1.0)))
 
     def _check_values(self, group: Mapping[str, Any]) -> None:
         """Ranges of what stands in a group."""
+        owner, rule = type(self).__name__, self._options.update_scale
+        if group.get("update_scale", rule) != rule:
+            raise ValueError(
+                f"{owner}: update_scale holds for all parameter groups, got {group['update_scale']!r} in one and {rule!r} for "
+                f"the optimizer. Pass it to {owner}(model, update_scale=...)."
+            )
+        if self._options.gradient_rows and rule == "rms" and float(group["momentum"]) > 0.0:
+            raise ValueError(
+                f"{owner}: gradient_rows has no effect with update_scale='rms' and momentum, whose average of gradients is no "
+                "product of the batch's rows. Leave it out, or take update_scale='natural'."
+            )
         checks.check_group(type(self).__name__, group, zero_damping=self.zero_damping)
 
     def _check_groups(self) -> None:

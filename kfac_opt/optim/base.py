@@ -19,6 +19,7 @@ from kfac_opt.layers import MatrixLayout
 from kfac_opt.optim import options as checks
 from kfac_opt.optim.safety import cast_to_parameters, replace_unsafe_
 from kfac_opt.optim.saved import SavedOptimizer
+from kfac_opt.optim.scale_free import ScaleFreeRule, StepSettings, move_
 from kfac_opt.optim.tracking import TrackedBlock, describe_apart, describe_foreign, describe_unused
 from kfac_opt.optim.uncounted import describe_uncounted
 from kfac_opt.optim.update import Directions, apply_, bound_updates_, kl_clip_factor, momentum_, multiply_
@@ -240,25 +241,33 @@ class CurvatureOptimizer(SavedOptimizer):
             gradient = gradient.add(parameter, alpha=float(group["weight_decay"]))
         return gradient
 
-    def _directions(self, number: int, group: dict[str, Any], *, raw: bool = False) -> Directions:
-        """Preconditioned directions of one group in the dtypes of their blocks, and what the trust region needs to know."""
+    def _directions(
+        self, number: int, group: dict[str, Any], *, raw: bool = False, averages: dict[int, Tensor] | None = None
+    ) -> Directions:
+        """Preconditioned directions of one group in the dtypes of their blocks, and what the trust region needs to know.
+
+        ``averages``: what to precondition in place of the gradients, by id of the parameter.
+        """
         found = Directions()
+        gradient_of = self._gradient if averages is None else lambda *at, raw: averages.get(id(at[2]))
         covered: set[int] = set()
         for name, tracked in self._tracked.items():
             if tracked.group != number:
                 continue
             covered.update(id(parameter) for parameter in tracked.parameters)
-            gradients = [self._gradient(group, name, parameter, raw=raw) for parameter in tracked.parameters]
+            gradients = [gradient_of(group, name, parameter, raw=raw) for parameter in tracked.parameters]
             if any(gradient is not None for gradient in gradients):
                 self._precondition_block(tracked, gradients, found)
         for parameter in group["params"]:
             if id(parameter) in covered or parameter.grad is None:
                 continue
             name = self._name_of(parameter) if parameter.grad.is_sparse else ""  # for the message alone
-            gradient = self._gradient(group, name, parameter, raw=raw)
+            gradient = gradient_of(group, name, parameter, raw=raw)
             if gradient is not None:
-                if group["curvature"] != "identity" and gradient is parameter.grad:
-                    gradient = gradient.clone()  # directions are scaled in place, the user's gradients are not
+                if group["curvature"] != "identity":
+                    if gradient is parameter.grad:
+                        gradient = gradient.clone()  # directions are scaled in place, the user's gradients are not
+                    found.add_block(gradient.new_zeros(()), MatrixLayout("flat", tuple(parameter.shape)))
                 found.add(parameter, gradient, gradient, found.num_blocks - 1)
         self._replaced_directions = self._replaced_directions + replace_unsafe_(found)
         return found
@@ -281,7 +290,7 @@ class CurvatureOptimizer(SavedOptimizer):
                 direction = block.precondition(state, matrix, self._damping(tracked))
         else:
             direction = matrix.clone()  # the plain gradient; the trust region bounds it
-        found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), _num_outputs(layout))
+        found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), layout)
         for parameter, gradient, part in zip(tracked.parameters, gradients, layout.from_matrix(direction)):
             if gradient is not None and part is not None:
                 found.add(parameter, part, gradient, found.num_blocks - 1)
@@ -299,6 +308,9 @@ class CurvatureOptimizer(SavedOptimizer):
 
     def _step_group(self, number: int, group: dict[str, Any]) -> None:
         """Trust region, momentum, bound, decay and update of one group."""
+        if self._rule is not None and group["curvature"] != "identity":
+            self._scale_free_step(self._rule, number, group)
+            return
         found = self._directions(number, group)
         if not found.parameters:
             return
@@ -326,6 +338,35 @@ class CurvatureOptimizer(SavedOptimizer):
         if trust_region and group["max_relative_update"] is not None and found.num_blocks:
             factors = bound_updates_(updates, found, lr, float(group["max_relative_update"]))
         apply_(found.parameters, updates, lr, self._decay(group, lr), factors, foreach=foreach)
+
+    def _scale_free_step(self, rule: ScaleFreeRule, number: int, group: dict[str, Any]) -> None:
+        """Momentum, directions, step of a given size and decay of one group."""
+        foreach = self._options.foreach is not False
+        lr, momentum = float(group["lr"]), float(group["momentum"])
+        gradients: dict[int, Tensor] = {}
+        for parameter in group["params"]:
+            sparse = parameter.grad is not None and parameter.grad.is_sparse
+            name = self._name_of(parameter) if sparse else ""  # for the message alone
+            gradient = self._gradient(group, name, parameter, raw=False)
+            if gradient is not None:
+                gradients[id(parameter)] = gradient
+        averages = momenta = gradients
+        if momentum > 0.0 and gradients:
+            buffers = [self.state[p]["momentum_buffer"] for p in group["params"] if id(p) in gradients]
+            given = list(gradients.values())
+            averaged = rule.averaged_(given, buffers, momentum, nesterov=group["nesterov"], foreach=foreach)
+            averages, momenta = dict(zip(gradients, averaged)), dict(zip(gradients, buffers))
+        found = self._directions(number, group, averages=averages)
+        if not found.parameters:
+            return
+        factors = rule.factors(
+            found,
+            [gradients[id(parameter)] for parameter in found.parameters],
+            [momenta[id(parameter)] for parameter in found.parameters],
+            [self.state[parameter]["pace"] for parameter in found.parameters],
+            StepSettings(lr, momentum, group["max_relative_update"]),
+        )
+        move_(found, factors, self._decay(group, lr), foreach=foreach)
 
     def _before_momentum(self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor], lr: float) -> list[Tensor]:
         """What a subclass adds to the clipped directions before they enter the momentum."""

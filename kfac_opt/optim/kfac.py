@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from kfac_opt.curvature.block import DampingScale
 from kfac_opt.layers.embedding import padding_rows
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 from kfac_opt.optim.base import CurvatureOptimizer
-from kfac_opt.optim.options import check_number
+from kfac_opt.optim.defaults import RULE_DEFAULTS, Auto, UpdateScale, given_or, given_or_auto
+from kfac_opt.optim.options import check_choice, check_number
 from kfac_opt.optim.posteriors import build_posterior, parameter_names, posterior_blocks
 from kfac_opt.optim.settings import CurvatureOptions
 from kfac_opt.posterior import Posterior, Width
@@ -39,14 +41,22 @@ class KFAC(CurvatureOptimizer):
         params: None for all trainable parameters, else parameters or groups as in torch.optim. ``lr``,
             ``momentum``, ``damping``, ``power``, ``weight_decay``, ``factor_decay``, the intervals, ``kl_clip``,
             ``max_relative_update`` and ``curvature`` can differ per group; a layer's weight and bias share one.
-        lr: step size, ``>= 0``. 0.1 was the best single setting over several tasks (``benchmarks/robustness.py``).
-        momentum: in [0, 1); 0.8 is as safe as 0.9 and faster early (same measurement).
-        damping: γ or, with ``damping_scale="relative"``, its ratio to the layer's curvature; ``> 0``.
+        lr: step size, ``>= 0``; None: 0.1 with ``"natural"`` (the best single setting over several tasks,
+            ``benchmarks/robustness.py``), 0.01 with ``"rms"``.
+        momentum: in [0, 1); None: 0.8 with ``"natural"`` (as safe as 0.9 and faster early, same measurement), 0.9 with
+            ``"rms"``.
+        damping: γ or, with another ``damping_scale`` than ``"absolute"``, its ratio to the layer's curvature; ``> 0``;
+            None: 0.03 with ``"natural"``, 1e-3 with ``"rms"``.
         weight_decay: ``>= 0``; decoupled from the gradient (AdamW's rule, ``lr · weight_decay`` per step) unless
             ``decoupled_weight_decay=False`` adds it to the gradient before preconditioning.
-        power: of the curvature, in (0, 1]: directions are ``(F + γ)^(-power) V``. 1 is the natural gradient; 1/2 whitens
-            the gradient instead, so that steep and flat directions move by amounts of like size. With ``"factored"``
-            damping each factor is taken to the power. The roots follow a changed power at the next step.
+        update_scale: the update rule. ``"natural"``: ``lr`` times the direction, shortened by the trust region, then
+            momentum. ``"rms"``: momentum of the gradient, then the direction, at a length that ``lr`` and the layer's shape
+            decide: a factor on the loss or on the gradients changes nothing, and nothing has to be searched for a new task.
+            A pace of at most 1 shortens the steps of a layer whose gradients oscillate (``optim/scale_free.py``).
+        power: of the curvature, in (0, 1]; None: 1 with ``"natural"``, 1/2 with ``"rms"``. Directions are
+            ``(F + γ)^(-power) V``: 1 is the natural gradient; 1/2 whitens the gradient instead, so that steep and flat
+            directions move by amounts of like size. With ``"factored"`` damping each factor is taken to the power. The
+            roots follow a changed power at the next step.
         likelihood: the model's output distribution, to which the Fisher matrix belongs.
         fisher: ``"mc"`` samples ``label_samples`` labels per term (unbiased, the cheapest true Fisher);
             ``"exact"`` sums over all labels through a root of the output Hessian, ``classes − 1`` backward passes to the
@@ -65,9 +75,12 @@ class KFAC(CurvatureOptimizer):
             ``"factored"`` and ``"exact"``; ``"split"`` adds the cross terms of the π-split,
             ``s_ij + √(γ/s̄)(s̄_i· + s̄_·j) + γ``: more damping where both factors are poorly known, which on an MNIST MLP
             halves the training loss that EKFAC ends at.
-        damping_scale: ``"relative"``: ``γ_l = damping · max(τ_l, 0.1 max_t τ_l)`` with
+        damping_scale: None: ``"relative"`` with ``update_scale="natural"``, ``"mean"`` with ``"rms"``. ``"relative"``:
+            ``γ_l = damping · max(τ_l, 0.1 max_t τ_l)`` with
             ``τ_l = (tr A/dim A)(tr G/dim G) sqrt(dim A dim G)``, so that one value fits all layers and does not change
-            with the scale of the loss; ``"absolute"``: γ is ``damping``, as in the literature.
+            with the scale of the loss; ``"mean"``: ``damping`` times the mean of the eigenvalues that it is added to, those
+            of each factor where the damping is split (``"factored"``, ``"split"``), else those of the block: what fits powers
+            below 1, which need much less; ``"absolute"``: γ is ``damping``, as in the literature.
         nesterov: Nesterov momentum on the preconditioned, clipped direction, as in torch's SGD.
         ramp_steps: this many early steps all take an estimate, and inverses are refreshed after 1, 1, 2, 4, … steps up
             to ``inverse_interval``: stale inverses early are what makes K-FAC diverge. 0 switches both off.
@@ -80,8 +93,10 @@ class KFAC(CurvatureOptimizer):
         weight_sharing: ``"expand"`` treats positions as examples, ``"reduce"`` joins them first (Eschenhagen et al.
             2023). Layers hold their examples along the first dimension (``batch_first=True`` in torch's modules):
             ``"reduce"``, EKFAC's scales and norm layers sum per example; the factors of ``"expand"`` do not mind.
-        kl_clip: trust region: directions are scaled so that ``lr² Σ <V, d>`` is at most this; None switches it off.
-        max_relative_update: bound of each layer's step relative to the norm of its weights; None switches it off.
+        kl_clip: trust region of ``update_scale="natural"``: directions are scaled so that ``lr² Σ <V, d>`` is at most this;
+            None switches it off; ``"auto"`` is 1e-4. ``"rms"`` has no use for it and refuses it.
+        max_relative_update: bound of each layer's step relative to the norm of its weights; None switches it off;
+            ``"auto"`` is 0.05 with ``"natural"`` and 0.03 with ``"rms"``.
         max_factor_dim: a side of a layer larger than this keeps only the diagonal of its factor (a factor of size n
             takes ``n²`` numbers and ``n³`` operations).
         max_block_dim: a side of a layer larger than this keeps only diagonal blocks of its factor, at most this large:
@@ -121,27 +136,28 @@ class KFAC(CurvatureOptimizer):
         self,
         model: nn.Module,
         params: Any = None,
-        lr: float = 0.1,
-        momentum: float = 0.8,
-        damping: float = 0.03,
+        lr: float | None = None,
+        momentum: float | None = None,
+        damping: float | None = None,
         weight_decay: float = 0.0,
         *,
-        power: float = 1.0,
+        update_scale: UpdateScale = "natural",
+        power: float | None = None,
         likelihood: LikelihoodName | Likelihood = "categorical",
         fisher: Literal["mc", "exact", "empirical"] = "mc",
         label_samples: int = 1,
         curvature: Literal["kronecker", "eigenbasis", "diagonal", "identity"] = "kronecker",
         damping_style: Literal["factored", "exact", "split"] = "factored",
-        damping_scale: Literal["relative", "absolute"] = "relative",
+        damping_scale: DampingScale | None = None,
         nesterov: bool = True,
-        ramp_steps: int = 10,
+        ramp_steps: int | None = None,
         factor_decay: float = 0.95,
-        factor_interval: int = 10,
-        inverse_interval: int = 100,
+        factor_interval: int | None = None,
+        inverse_interval: int | None = None,
         refresh: Literal["staggered", "together"] = "staggered",
         weight_sharing: Literal["expand", "reduce"] = "expand",
-        kl_clip: float | None = 1e-4,
-        max_relative_update: float | None = 0.05,
+        kl_clip: float | Auto | None = "auto",
+        max_relative_update: float | Auto | None = "auto",
         decoupled_weight_decay: bool = True,
         max_factor_dim: int = 8192,
         max_block_dim: int | None = None,
@@ -155,18 +171,21 @@ class KFAC(CurvatureOptimizer):
         generator: torch.Generator | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        check_choice(type(self).__name__, "update_scale", update_scale, get_args(UpdateScale))
+        usual = RULE_DEFAULTS[update_scale]
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "damping": damping,
+            "lr": given_or(lr, usual.lr),
+            "momentum": given_or(momentum, usual.momentum),
+            "damping": given_or(damping, usual.damping),
             "weight_decay": weight_decay,
-            "power": power,
+            "update_scale": update_scale,
+            "power": given_or(power, usual.power),
             "nesterov": nesterov,
             "factor_decay": factor_decay,
-            "factor_interval": factor_interval,
-            "inverse_interval": inverse_interval,
-            "kl_clip": kl_clip,
-            "max_relative_update": max_relative_update,
+            "factor_interval": given_or(factor_interval, usual.factor_interval),
+            "inverse_interval": given_or(inverse_interval, usual.inverse_interval),
+            "kl_clip": given_or_auto(kl_clip, usual.kl_clip),
+            "max_relative_update": given_or_auto(max_relative_update, usual.max_relative_update),
             "decoupled_weight_decay": decoupled_weight_decay,
             "curvature": curvature,
             "maximize": maximize,
@@ -176,8 +195,9 @@ class KFAC(CurvatureOptimizer):
             fisher=fisher,
             label_samples=label_samples,
             damping_style=damping_style,
-            damping_scale=damping_scale,
-            ramp_steps=ramp_steps,
+            damping_scale=given_or(damping_scale, usual.damping_scale),
+            update_scale=update_scale,
+            ramp_steps=given_or(ramp_steps, usual.ramp_steps),
             refresh=refresh,
             weight_sharing=weight_sharing,
             max_factor_dim=max_factor_dim,

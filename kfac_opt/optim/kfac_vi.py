@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from kfac_opt.curvature.block import DampingScale
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 from kfac_opt.optim.draws import VariationalOptions
 from kfac_opt.optim.settings import CurvatureOptions
@@ -99,7 +100,7 @@ class KFACVI(VariationalOptimizer):
         label_samples: int = 1,
         curvature: Literal["kronecker", "eigenbasis", "diagonal"] = "kronecker",
         damping_style: Literal["factored", "exact", "split"] = "factored",
-        damping_scale: Literal["relative", "absolute"] = "relative",
+        damping_scale: DampingScale = "relative",
         nesterov: bool = True,
         ramp_steps: int = 10,
         factor_decay: float = 0.95,

@@ -7,17 +7,21 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kfac_opt.curvature.block import DampingScale
+from kfac_opt.optim.defaults import UpdateScale
+
 CURVATURES = ("kronecker", "eigenbasis", "diagonal", "identity")
 CHOICES: dict[str, tuple[str, ...]] = {
     "fisher": ("mc", "exact", "empirical"),
     "damping_style": ("factored", "exact", "split"),
-    "damping_scale": ("relative", "absolute"),
+    "update_scale": get_args(UpdateScale),
+    "damping_scale": get_args(DampingScale),
     "weight_sharing": ("expand", "reduce"),
     "loss_reduction": ("mean", "sum"),
     "refresh": ("staggered", "together"),
@@ -89,6 +93,11 @@ def check_group(owner: str, group: Mapping[str, Any], *, zero_damping: bool) -> 
     check_number(owner, "factor_decay", group["factor_decay"], low=0.0, high=1.0, open_high=True)
     check_count(owner, "factor_interval", group["factor_interval"])
     check_count(owner, "inverse_interval", group["inverse_interval"])
+    if group.get("update_scale") == "rms" and group["kl_clip"] is not None:
+        raise ValueError(
+            f"{owner}: kl_clip has no effect with update_scale='rms', whose steps have a length of their own, got "
+            f"{group['kl_clip']!r}. Leave it out, or take update_scale='natural'."
+        )
     if "power" in group:
         check_number(owner, "power", group["power"], low=0.0, high=1.0, open_low=True)
     for name in ("kl_clip", "max_relative_update"):

@@ -29,6 +29,8 @@ class SavedOptimizer(AttachedOptimizer):
                     state["seed"] = torch.tensor(self._base_seed, dtype=torch.int64)
                 if float(group["momentum"]) > 0.0 and "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                if self._rule is not None and group["curvature"] != "identity" and "pace" not in state:
+                    state["pace"] = self._rule.init_state(parameter.device)
         for tracked in self._tracked.values():
             state = self.state[tracked.weight]
             if "curvature" not in state:
@@ -132,7 +134,8 @@ class SavedOptimizer(AttachedOptimizer):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         if model is not None:
-            copied._options, copied._likelihood, copied._flat = self._options, self._likelihood, set(self._flat)
+            copied._options, copied._rule = self._options, self._rule
+            copied._likelihood, copied._flat = self._likelihood, set(self._flat)
             copied._said_uncounted = self._said_uncounted
             copied._census = copy.deepcopy(self._census, memo)
             copied._attach(model)

@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from torch.distributed import ProcessGroup
 
+from kfac_opt.curvature.block import DampingScale
 from kfac_opt.curvature.collector import FisherKind
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 from kfac_opt.optim import options as checks
+from kfac_opt.optim.defaults import UpdateScale
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class CurvatureOptions:
     fisher: FisherKind = "mc"
     label_samples: int = 1
     damping_style: Literal["factored", "exact", "split"] = "factored"
-    damping_scale: Literal["relative", "absolute"] = "relative"
+    damping_scale: DampingScale = "relative"
+    update_scale: UpdateScale = "natural"
     ramp_steps: int = 10
     refresh: Literal["staggered", "together"] = "staggered"
     weight_sharing: Literal["expand", "reduce"] = "expand"

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kfac_opt.layers import MatrixLayout
+
 RELATIVE_FLOOR = 0.1  # of the square root of out_dim: a fifth of the norm of a default initialization
 
 
@@ -24,7 +26,7 @@ class Directions:
         parameters, directions, gradients, blocks: aligned; ``blocks`` numbers the block each parameter belongs to,
             ``gradients`` are those that were preconditioned.
         products: ``<V, d>`` of each block.
-        out_dims: output size of each block.
+        out_dims, layouts: output size and shape of each block.
     """
 
     parameters: list[Tensor] = field(default_factory=list)
@@ -33,14 +35,16 @@ class Directions:
     blocks: list[int] = field(default_factory=list)
     products: list[Tensor] = field(default_factory=list)
     out_dims: list[int] = field(default_factory=list)
+    layouts: list[MatrixLayout] = field(default_factory=list)
 
     @property
     def num_blocks(self) -> int:
         return len(self.products)
 
-    def add_block(self, product: Tensor, out_dim: int) -> None:
+    def add_block(self, product: Tensor, layout: MatrixLayout) -> None:
         self.products.append(product)
-        self.out_dims.append(out_dim)
+        self.out_dims.append(_num_outputs(layout))
+        self.layouts.append(layout)
 
     def add(self, parameter: Tensor, direction: Tensor, gradient: Tensor, block: int) -> None:
         self.parameters.append(parameter)
@@ -145,7 +149,7 @@ def bound_updates_(updates: list[Tensor], found: Directions, lr: float, max_rela
     squares = gathered(_norms([*updates, *found.parameters])).square().unflatten(0, (2, len(updates)))
     index = block_index(found, device)
     total = squares.new_zeros(2, found.num_blocks).index_add_(1, index, squares).sqrt()
-    floor = RELATIVE_FLOOR * _on_device(tuple(found.out_dims), squares.dtype, device).sqrt()
+    floor = RELATIVE_FLOOR * on_device(tuple(found.out_dims), squares.dtype, device).sqrt()
     allowed = max_relative_update * torch.maximum(total[1], floor)
     factors = (allowed / (lr * total[0]).clamp_min(torch.finfo(squares.dtype).tiny)).clamp_max(1.0)
     for update, factor in zip(updates, factors[index].unbind()):
@@ -182,11 +186,11 @@ def _norms(tensors: list[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
 
 def block_index(found: Directions, device: torch.device) -> Tensor:
     """``found.blocks`` on the device."""
-    return _on_device(tuple(found.blocks), torch.int64, device)
+    return on_device(tuple(found.blocks), torch.int64, device)
 
 
 @lru_cache(maxsize=256)
-def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers as a tensor, copied to the device once: a copy from the host waits for the device."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
@@ -214,3 +218,10 @@ def apply_(
             parameter.mul_(1.0 - decay)
     for parameter, update, factor in zip(parameters, updates, factors or [1.0] * len(updates)):
         parameter.add_(update, alpha=-lr * factor)
+
+
+def _num_outputs(layout: MatrixLayout) -> int:
+    """Output size by which the bound of a step is measured: a parameter without an adapter is laid out as torch does it."""
+    if layout.kind != "flat":
+        return layout.whole_shape[0]
+    return next((size for size in layout.weight_shape if size > 1), 1)

@@ -95,7 +95,7 @@ class VariationalOptimizer(SamplingOptimizer):
 
     def _damping(self, tracked: TrackedBlock) -> Damping:
         base = super()._damping(tracked)
-        return Damping(base.value, base.relative, self._width(tracked).delta)
+        return Damping(base.value, base.scale, self._width(tracked).delta)
 
     def _gradient(self, group: dict[str, Any], name: str, parameter: Tensor, *, raw: bool) -> Tensor | None:
         """``ḡ + δ μ``, or ``ḡ + δ`` times the mean of the drawn weights."""

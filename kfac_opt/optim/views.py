@@ -67,7 +67,7 @@ class CurvatureView:
     @property
     def damping(self) -> float:
         """γ in force for this block."""
-        return float(self._get_damping().of(self._state()))
+        return float(self.block.gamma(self._state(), self._get_damping()))
 
     def to_dense(self) -> Tensor:
         """The whole Fisher block ``[out·in, out·in]``, column-stacking vec of the ``[out_dim, in_dim]`` matrix."""

@@ -26,8 +26,8 @@ from benchmarks.common.results import provenance, write_json
 from benchmarks.common.tables import text_table
 from benchmarks.common.timing import Timed, cycle_ratio, interleave
 from kfac_opt import KFAC, KFACVI
-from kfac_opt.posterior import Posterior
-from kfac_opt.prediction import predict
+from kfac_opt.bayes.posterior import Posterior
+from kfac_opt.bayes.prediction import predict
 
 PERIOD = 100  # steps between refreshes, the default
 AT_ONCE = 8  # draws are made so many at a time in training and in predictions

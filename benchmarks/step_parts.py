@@ -29,9 +29,9 @@ from benchmarks.common.steps import StepConfig, make_step, run_steps
 from benchmarks.common.tables import text_table
 from benchmarks.common.workloads import Workload, WorkloadConfig
 from kfac_opt import KFAC
-from kfac_opt.curvature.kronecker import KroneckerBlock
-from kfac_opt.products import times_transposed
-from kfac_opt.workspace import shared_workspace
+from kfac_opt._curvature.kronecker import KroneckerBlock
+from kfac_opt._kernels.products import times_transposed
+from kfac_opt._kernels.workspace import shared_workspace
 
 HEADER = ("figure", "goal", "measured", "")
 

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from kfac_opt import KFACVI
-from kfac_opt.metrics import accuracy, expected_calibration_error, negative_log_likelihood, reliability_diagram
-from kfac_opt.prediction import predict
+from kfac_opt.bayes.metrics import accuracy, expected_calibration_error, negative_log_likelihood, reliability_diagram
+from kfac_opt.bayes.prediction import predict
 
 digits = load_digits()
 order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))

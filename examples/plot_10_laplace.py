@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from kfac_opt import KFAC
-from kfac_opt.laplace import fit_laplace, log_marginal_likelihood
+from kfac_opt.bayes.laplace import fit_laplace, log_marginal_likelihood
+from kfac_opt.bayes.linearized import output_distribution
 from kfac_opt.likelihoods import Gaussian
-from kfac_opt.linearized import output_distribution
 
 torch.manual_seed(0)
 noise = 0.1

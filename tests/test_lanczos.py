@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfac_opt.krylov import TopEigenpairs
-from kfac_opt.lanczos import BlockLanczos, ProbeLanczos, Quadrature, drive
+from kfac_opt.fisher.krylov import TopEigenpairs
+from kfac_opt.fisher.lanczos import BlockLanczos, ProbeLanczos, Quadrature, drive
 from tests.fisher.brute import symmetric
 from tests.support import close
 

@@ -115,7 +115,7 @@ class _IdleLayer:
 
 def _capture(model: nn.Module, workload: Workload) -> Callable[[], None]:
     """The package's own collector on all layers that have an adapter, with blocks that do no factor work."""
-    from kfac_opt.curvature.collector import Collector
+    from kfac_opt._capture.collector import Collector
     from kfac_opt.layers import find_adapter
     from kfac_opt.likelihoods import Categorical
 

@@ -17,8 +17,8 @@ from benchmarks.common.optimizers import build_optimizer
 from benchmarks.common.progress import progress
 from benchmarks.common.results import append_json_line, fingerprint, read_json_lines
 from benchmarks.common.tasks import Task, TaskConfig
+from kfac_opt._curvature.linalg import FactorizationError
 from kfac_opt.damping import DampingRule, ExponentialDamping, LevenbergMarquardt, LinearDamping, TrustRegionDamping
-from kfac_opt.linalg import FactorizationError
 
 RULES: dict[str, Callable[..., DampingRule]] = {
     "levenberg_marquardt": LevenbergMarquardt,

@@ -16,7 +16,7 @@ from benchmarks.common.tasks import Task
 from benchmarks.damping.config import Setting, SweepConfig
 from benchmarks.damping.results import TrialRow, keep_best
 from benchmarks.damping.trial import train_trial
-from kfac_opt.linalg import mean_diagonal, pi_correction
+from kfac_opt._curvature.linalg import mean_diagonal, pi_correction
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.common.optimizers import build_optimizer
 from benchmarks.common.tasks import Task
 from benchmarks.damping.config import HistogramConfig, Setting, SweepConfig
-from kfac_opt.linalg import FactorizationError
+from kfac_opt._curvature.linalg import FactorizationError
 
 Observer = Callable[[int, nn.Module, torch.optim.Optimizer], None]
 

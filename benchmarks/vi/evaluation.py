@@ -12,7 +12,7 @@ from benchmarks.vi.config import VIConfig
 from benchmarks.vi.data import load_unfamiliar, rotated, shuffled
 from benchmarks.vi.methods import Trained
 from kfac_opt import metrics
-from kfac_opt.prediction import Prediction
+from kfac_opt.bayes.prediction import Prediction
 
 TINY = 1e-12
 """Least probability that enters a logarithm: single precision rounds smaller ones to zero."""

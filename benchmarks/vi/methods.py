@@ -19,11 +19,11 @@ from benchmarks.common.models import build_model
 from benchmarks.vi.config import MethodConfig, RateSchedule
 from benchmarks.vi.members import LAPLACE_PRIOR, MemberStore, load_member, save_member
 from kfac_opt import KFAC, KFACVI, Posterior
-from kfac_opt.batchnorm import update_bn
-from kfac_opt.laplace import fit_laplace
+from kfac_opt.bayes.batchnorm import update_bn
+from kfac_opt.bayes.laplace import fit_laplace
+from kfac_opt.bayes.linearized import linearized_predict
+from kfac_opt.bayes.prediction import Prediction, mixture, predict, summarize
 from kfac_opt.likelihoods import Categorical
-from kfac_opt.linearized import linearized_predict
-from kfac_opt.prediction import Prediction, mixture, predict, summarize
 
 EVAL_BATCH = 256
 

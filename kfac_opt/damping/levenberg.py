@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kfac_opt.curvature.eigenbasis import EigenbasisBlock
-from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt._curvature.eigenbasis import EigenbasisBlock
+from kfac_opt._curvature.kronecker import KroneckerBlock
 from kfac_opt.damping.early import EarlySteps
 from kfac_opt.damping.rule import DampingRule, check_interval
 

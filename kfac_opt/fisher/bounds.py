@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt.fisher.capture import recorded_calls
+from kfac_opt.fisher.krylov import TopEigenpairs
+from kfac_opt.fisher.lanczos import drive
 from kfac_opt.fisher.source import FisherSource
-from kfac_opt.krylov import TopEigenpairs
-from kfac_opt.lanczos import drive
 
 CONTRACTIONS = (
     nn.ReLU, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kfac_opt.curvature.backward import OutputGraph
-from kfac_opt.curvature.edges import ViewOfBase, output_edge
-from kfac_opt.curvature.repeatable import RepeatableGraph
+from kfac_opt._capture.backward import OutputGraph
+from kfac_opt._capture.repeatable import RepeatableGraph
+from kfac_opt._curvature.edges import ViewOfBase, output_edge
 from kfac_opt.fisher.data import Batch
 from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock, Parameters, pull_back
 from kfac_opt.fisher.stores import FactorStore, RowStore, Store

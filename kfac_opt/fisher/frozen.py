@@ -18,14 +18,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from kfac_opt.curvature.backward import OutputGraph
-from kfac_opt.curvature.collector import Collector
-from kfac_opt.curvature.hooks import WeakHook
-from kfac_opt.curvature.repeatable import RepeatableGraph
+from kfac_opt._capture.backward import OutputGraph
+from kfac_opt._capture.collector import Collector
+from kfac_opt._capture.hooks import WeakHook
+from kfac_opt._capture.outputs import pick_logits
+from kfac_opt._capture.repeatable import RepeatableGraph
+from kfac_opt._capture.wrappers import unwrapped
 from kfac_opt.fisher.data import Batch
 from kfac_opt.layers import LayerAdapter, find_adapter
-from kfac_opt.outputs import pick_logits
-from kfac_opt.wrappers import unwrapped
 
 Parameters = dict[str, Tensor]
 WAY_OUT = "Give the matrix a copy of the model that does without it"

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_opt.fisher.krylov import TopEigenpairs
+from kfac_opt.fisher.lanczos import drive
 from kfac_opt.fisher.plan import Blocks, RouteName, make_plan
 from kfac_opt.fisher.routes import DenseRoute, StoreRoute, dense_blocks, gram_matrices, make_route
 from kfac_opt.fisher.source import FisherSource, is_number, readable
 from kfac_opt.fisher.stores import Store
 from kfac_opt.fisher.terms import FisherKind
-from kfac_opt.krylov import TopEigenpairs
-from kfac_opt.lanczos import drive
 from kfac_opt.likelihoods import Likelihood, LikelihoodName, make_likelihood
 
 KINDS = ("exact", "mc", "empirical")

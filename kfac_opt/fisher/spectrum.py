@@ -8,11 +8,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt._curvature.spectral import SpectralForm
 from kfac_opt.fisher.density import SpectralDensity, SpectralErrors
+from kfac_opt.fisher.lanczos import BlockLanczos, ProbeLanczos, Quadrature, drive
 from kfac_opt.fisher.matrix import FisherMatrix
 from kfac_opt.fisher.source import is_number, readable
-from kfac_opt.lanczos import BlockLanczos, ProbeLanczos, Quadrature, drive
 
 Method = Literal["slq", "block_lanczos", "exact"]
 NodeWeights = Literal["quadrature", "snapped"]

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kfac_opt._kernels.products import outer_gram
 from kfac_opt.layers.layout import MatrixLayout
-from kfac_opt.products import outer_gram
 
 WeightSharing = Literal["expand", "reduce"]
 Ranges = Sequence[tuple[int, int]]  # first and last (exclusive) of neighbouring features

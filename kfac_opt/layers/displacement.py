@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_opt.products import outer_gram, times_transposed
+from kfac_opt._kernels.products import outer_gram, times_transposed
 
 PRODUCT_CHANNELS = 200  # from here on one product per displacement, below one weight-gradient call for all
 

@@ -21,7 +21,7 @@ from benchmarks.vi import methods, study
 from benchmarks.vi.config import MethodConfig, RateSchedule, VIConfig
 from benchmarks.vi.evaluation import evaluate
 from benchmarks.vi.members import MemberStore
-from kfac_opt.prediction import predict
+from kfac_opt.bayes.prediction import predict
 
 TINY = """
 name: tiny

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_opt.curvature.edges import output_edge
+from kfac_opt._curvature.edges import output_edge
+from kfac_opt.bayes.laplace import fit_laplace
 from kfac_opt.fisher import FisherMatrix
-from kfac_opt.laplace import fit_laplace
 from tests import reference
 from tests.support import assert_same, bare_kfac, close
 

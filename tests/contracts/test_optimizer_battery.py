@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kfac_opt import KFAC
-from kfac_opt.optim.views import CurvatureView
+from kfac_opt._step.views import CurvatureView
 from tests.contracts.zoo import KRONECKER_ONLY, NETWORKS, ONE_TERM_PER_ROW, build, loss
 from tests.reference import unvec, vec
 from tests.support import assert_same, bare_kfac, close, gradients, train_step, weights

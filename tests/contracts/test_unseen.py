@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC, KFACVI
+from kfac_opt.bayes.laplace import fit_laplace
 from kfac_opt.fisher import FisherMatrix, gradient_statistics
-from kfac_opt.laplace import fit_laplace
 from tests.contracts.stateful import REFUSED, REPEATABLE, build
 from tests.support import assert_same, gradients
 

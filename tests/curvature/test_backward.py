@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from kfac_opt.curvature.backward import OutputGraph
+from kfac_opt._capture.backward import OutputGraph
 
 
 class Branches(nn.Module):

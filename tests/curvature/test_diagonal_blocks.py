@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC
-from kfac_opt.curvature import sides
-from kfac_opt.curvature.sides import block_ranges
+from kfac_opt._curvature import sides
+from kfac_opt._curvature.sides import block_ranges
 from tests.support import assert_same, bare_kfac, close, gradients, train_step
 
 DOUBLE = torch.float64

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_opt.curvature import sides
+from kfac_opt._curvature import sides
 from tests.support import assert_same, bare_kfac, close, gradients, mlp, train_step
 
 DOUBLE = torch.float64

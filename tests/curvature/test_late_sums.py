@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfac_opt import KFAC
-from kfac_opt.curvature import factors, sides
+from kfac_opt._curvature import factors, sides
 
 BATCH = 3
 

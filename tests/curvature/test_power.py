@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC
-from kfac_opt.curvature import sides
-from kfac_opt.linalg import damped_root, split_damped
+from kfac_opt._curvature import sides
+from kfac_opt._curvature.linalg import damped_root, split_damped
 from tests.contracts.zoo import build, loss
 from tests.reference import unvec, vec
 from tests.support import assert_same, bare_kfac, close, data, mlp, train_step, weights

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
-from kfac_opt.curvature.rounding import Rounding
+from kfac_opt._capture.rounding import Rounding
 
 
 class Standardized(nn.Module):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
-from kfac_opt.curvature.gradient_rows import match_rows
-from kfac_opt.curvature.spectral import damped_two_by_two_solve
-from kfac_opt.linalg import damped_inverse, negligible, pi_correction, split_damped
-from kfac_opt.optim.safety import cast_to_parameters
+from kfac_opt._curvature.gradient_rows import match_rows
+from kfac_opt._curvature.linalg import damped_inverse, negligible, pi_correction, split_damped
+from kfac_opt._curvature.spectral import damped_two_by_two_solve
+from kfac_opt._step.safety import cast_to_parameters
 from tests.support import bare_kfac
 
 DOUBLE = torch.float64

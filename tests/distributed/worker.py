@@ -164,8 +164,8 @@ def no_forward_at_all(rank: int | None) -> dict[str, Any]:
 def not_factorised(rank: int | None) -> dict[str, Any]:
     """One rank cannot factorise what it owns: nobody waits for it."""
     from kfac_opt import KFAC
-    from kfac_opt.curvature.kronecker import KroneckerBlock
-    from kfac_opt.linalg import FactorizationError
+    from kfac_opt._curvature.kronecker import KroneckerBlock
+    from kfac_opt._curvature.linalg import FactorizationError
 
     model = network()
     optimizer = KFAC(model, **options())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_opt import KFAC
-from kfac_opt.optim.views import CurvatureView
+from kfac_opt._step.views import CurvatureView
 from tests.fuzz import directions
 from tests.fuzz.brute import Expected, Truth, block_names
 from tests.fuzz.layers import NORMS, matrix

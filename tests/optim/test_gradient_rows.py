@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
-from kfac_opt.curvature import gradient_rows
-from kfac_opt.curvature.gradient_rows import match_rows
-from kfac_opt.curvature.kronecker import KroneckerBlock
+from kfac_opt._curvature import gradient_rows
+from kfac_opt._curvature.gradient_rows import match_rows
+from kfac_opt._curvature.kronecker import KroneckerBlock
 from tests.support import close
 
 DOUBLE = torch.float64

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC, KFACVI
-from kfac_opt.curvature.collector import Collector
+from kfac_opt._capture.collector import Collector
 from tests.support import assert_same, data, mlp, train_step, weights
 
 SETTINGS = {"lr": 0.05, "factor_interval": 1, "inverse_interval": 2, "ramp_steps": 0}

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC
+from kfac_opt._step.scale_free import ScaleFreeRule, StepSettings, averaged_noise
+from kfac_opt._step.update import Directions
 from kfac_opt.damping import LevenbergMarquardt, TrustRegionDamping
 from kfac_opt.layers import MatrixLayout
-from kfac_opt.optim.scale_free import ScaleFreeRule, StepSettings, averaged_noise
-from kfac_opt.optim.update import Directions
 from tests.optim.test_state import batch, make
 from tests.support import assert_same, close, data, mlp, train_step, weights
 

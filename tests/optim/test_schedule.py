@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from kfac_opt import KFAC
-from kfac_opt.optim import estimation
-from kfac_opt.optim.schedule import refresh_due
+from kfac_opt._step import estimation
+from kfac_opt._step.schedule import refresh_due
 from tests.support import bare_kfac, data, mlp
 
 DOUBLE = torch.float64

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kfac_opt import KFAC, KFACVI
-from kfac_opt.curvature import stacked
-from kfac_opt.linalg import FactorizationError
+from kfac_opt._curvature import stacked
+from kfac_opt._curvature.linalg import FactorizationError
 
 
 def train(optimizer_class=KFAC, steps=4, **options):

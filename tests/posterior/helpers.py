@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt._curvature.spectral import SpectralForm
+from kfac_opt.bayes.posterior import NoiseSource, Posterior, PosteriorBlock, Width
 from kfac_opt.layers.layout import MatrixLayout
-from kfac_opt.posterior import NoiseSource, Posterior, PosteriorBlock, Width
 
 WIDTH = Width(ess=40.0, prior_precision=2.0, floor=0.01)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_opt.batchnorm import update_bn
-from kfac_opt.posterior import Posterior, Width
+from kfac_opt.bayes.batchnorm import update_bn
+from kfac_opt.bayes.posterior import Posterior, Width
 from tests.support import assert_same, close, data, weights
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from kfac_opt import Posterior
-from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt._curvature.spectral import SpectralForm
+from kfac_opt.bayes.posterior import PosteriorBlock, Width
 from kfac_opt.layers.layout import MatrixLayout
 from kfac_opt.likelihoods import Categorical, Gaussian
-from kfac_opt.posterior import PosteriorBlock, Width
 from tests.support import assert_same
 
 DOUBLE = torch.float64
@@ -37,7 +37,7 @@ import os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from kfac_opt import Posterior
-from kfac_opt.posterior.block import Width, uncurved_block
+from kfac_opt.bayes.posterior.block import Width, uncurved_block
 
 path = sys.argv[1]
 mean = torch.zeros(1_500_000)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from kfac_opt.curvature.spectral import SpectralForm
+from kfac_opt._curvature.spectral import SpectralForm
+from kfac_opt.bayes.posterior import Posterior, PosteriorBlock, Width
 from kfac_opt.layers.layout import MatrixLayout
-from kfac_opt.posterior import Posterior, PosteriorBlock, Width
 from tests.posterior.helpers import WIDTH, dense_covariance, flat, kronecker_block, noise_map, small_posterior, spd
 from tests.support import assert_same, close
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC, KFACVI, Posterior
-from kfac_opt.optim.draws import NoiseAhead
-from kfac_opt.optim.seeds import WEIGHTS
-from kfac_opt.posterior import NoiseSource
-from kfac_opt.prediction import predict
+from kfac_opt._step.seeds import WEIGHTS
+from kfac_opt.bayes.draws import NoiseAhead
+from kfac_opt.bayes.posterior import NoiseSource
+from kfac_opt.bayes.prediction import predict
 from tests.support import assert_same, close, data, gradients, mlp, weights
 
 

@@ -16,9 +16,9 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_opt import Posterior
-from kfac_opt.laplace import fit_laplace, log_marginal_likelihood
-from kfac_opt.posterior import Width
-from kfac_opt.prediction import predict
+from kfac_opt.bayes.laplace import fit_laplace, log_marginal_likelihood
+from kfac_opt.bayes.posterior import Width
+from kfac_opt.bayes.prediction import predict
 from tests.posterior.helpers import dense_covariance, flat
 from tests.posterior.test_kfac_vi import backward, train, vi
 from tests.support import assert_same, close, data, gradients, mlp

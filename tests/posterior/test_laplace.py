@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from kfac_opt import KFAC
-from kfac_opt.laplace import best_prior_precision, fit_laplace, log_marginal_likelihood
+from kfac_opt.bayes.laplace import best_prior_precision, fit_laplace, log_marginal_likelihood
+from kfac_opt.bayes.linearized import linearized_predict, output_distribution
+from kfac_opt.bayes.posterior import Width
 from kfac_opt.likelihoods import Gaussian
-from kfac_opt.linearized import linearized_predict, output_distribution
-from kfac_opt.posterior import Width
 from tests import reference
 from tests.posterior.helpers import dense_covariance, flat
 from tests.posterior.test_linear_gaussian import IN, NOISE, OUT, PRIOR_VARIANCE, N, exact_posterior, problem

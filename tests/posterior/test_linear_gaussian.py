@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from kfac_opt.posterior import Posterior, Width
+from kfac_opt.bayes.posterior import Posterior, Width
 from tests.posterior.helpers import flat, kronecker_block, noise_map
 from tests.support import close
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kfac_opt.bayes.linearized import linearized_predict
+from kfac_opt.bayes.posterior import Posterior, Width
+from kfac_opt.bayes.prediction import mixture, predict
 from kfac_opt.likelihoods import Categorical
-from kfac_opt.linearized import linearized_predict
-from kfac_opt.posterior import Posterior, Width
-from kfac_opt.prediction import mixture, predict
 from tests.posterior.helpers import WIDTH
 from tests.support import assert_same, close, data, weights
 

@@ -1,0 +1,1 @@
+"""Watches forward passes and turns them into statistics."""

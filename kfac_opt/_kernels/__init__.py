@@ -1,0 +1,1 @@
+"""Fast kernels for symmetric matrices on a CPU; every one has a plain counterpart."""

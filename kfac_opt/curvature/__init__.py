@@ -1,1 +1,0 @@
-"""Approximations of a layer's Fisher block, and the hooks that feed them."""

@@ -1,1 +1,0 @@
-"""Optimizers: KFAC and its siblings."""

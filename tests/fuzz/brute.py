@@ -192,54 +192,53 @@ def _add_run(
     recorder.remove()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = {name: module for name, module in block_names(model).items() if module is not None and name in recorder.calls}
-    for column, score in enumerate(scores(case, number, logits, where, fisher)):
+    columns: list[dict[str, list[tuple[Tensor, Tensor, Tensor]]]] = []  # of each column the calls of each layer
+    for score in scores(case, number, logits, where, fisher):
         outputs = [output for name in layers for _, output in recorder.calls[name]]
         gradients = iter(torch.autograd.grad(score, [*outputs, *named.values()], retain_graph=True, allow_unused=True))
         at_calls = {name: [(a, _or_zero(g, out), out) for (a, out), g in zip(recorder.calls[name], gradients)] for name in layers}
         at_parameters = dict(zip((id(p) for p in named.values()), gradients))
+        columns.append(at_calls)
         for name, module in layers.items():
             if case.mixes:
                 examples = list(example_matrices(module, at_calls[name], len(x)))
             else:
                 examples = [matrix(module, lambda p, found=at_parameters: _or_zero(found[id(p)], p))]
-            first, masked = column == 0, case.masks is not None
-            _add_column(found[name], module, at_calls[name], examples, len(x), sharing, first=first, masked=masked)
+            if found[name].examples is not None:
+                found[name].examples = found[name].examples + examples if examples else None
+    for name, module in layers.items():
+        if isinstance(module, NORMS):
+            continue
+        for number_of_call, (a, _) in enumerate(recorder.calls[name]):
+            arrived = [at_calls[name][number_of_call][1] for at_calls in columns]
+            _add_call(found[name], module, a, arrived, len(x), sharing, masked=case.masks is not None)
 
 
 def _or_zero(gradient: Tensor | None, of: Tensor) -> Tensor:
     return torch.zeros_like(of) if gradient is None else gradient
 
 
-def _add_column(
-    block: Expected,
-    module: nn.Module,
-    calls: list[tuple[Tensor, Tensor, Tensor]],
-    examples: list[Tensor],
-    batch: int,
-    sharing: str,
-    *,
-    first: bool,
-    masked: bool,
+def _add_call(
+    block: Expected, module: nn.Module, x: Tensor, gradients: list[Tensor], batch: int, sharing: str, *, masked: bool
 ) -> None:
-    """Adds one column of output gradients. Under a mask a row that no gradient reaches (padding) is no row of the layer."""
-    if block.examples is not None:
-        block.examples = None if not examples else block.examples + examples
-    if isinstance(module, NORMS):
-        return
-    for x, g, _ in calls:
-        a_rows, g_rows = call_rows(module, x, g)  # [leading, positions, groups, .]
-        keep = g_rows.flatten(2).abs().sum(-1) > 0 if masked else torch.ones(g_rows.shape[:2], dtype=torch.bool)
-        if sharing == "reduce":
-            if len(a_rows) % batch:
-                return
-            a_rows, g_rows, keep = (rows.reshape(batch, -1, *rows.shape[2:]) for rows in (a_rows, g_rows, keep))
-            count = keep.sum(1).clamp_min(1).reshape(-1, 1, 1)
-            a_rows, g_rows = (a_rows * keep[..., None, None]).sum(1) / count, g_rows.sum(1)
-            a_rows, g_rows, keep = a_rows.unsqueeze(1), g_rows.unsqueeze(1), keep.any(1, keepdim=True)
-        a_rows, g_rows = a_rows[keep].transpose(0, 1), g_rows[keep].transpose(0, 1)
-        if first:
-            block.inputs = block.inputs + a_rows.mT @ a_rows
-            block.rows += a_rows.shape[1]
+    """Adds the rows of one call, with the output gradients of all columns.
+
+    Under a mask a row that no column reaches (padding) is no row of the layer.
+    """
+    rows = [call_rows(module, x, g) for g in gradients]
+    a, g = rows[0][0], torch.stack([g_rows for _, g_rows in rows])  # [leading, positions, groups, .], columns in front of g
+    keep = g.flatten(3).abs().sum((0, -1)) > 0 if masked else torch.ones(a.shape[:2], dtype=torch.bool)
+    if sharing == "reduce":
+        if len(a) % batch:
+            return
+        a, keep, g = a.reshape(batch, -1, *a.shape[2:]), keep.reshape(batch, -1), g.reshape(len(g), batch, -1, *g.shape[3:])
+        a = (a * keep[..., None, None]).sum(1, keepdim=True) / keep.sum(1).clamp_min(1).reshape(-1, 1, 1, 1)
+        g, keep = g.sum(2, keepdim=True), keep.any(1, keepdim=True)
+    a_rows = a[keep].transpose(0, 1)
+    block.inputs = block.inputs + a_rows.mT @ a_rows
+    block.rows += a_rows.shape[1]
+    for column in g:
+        g_rows = column[keep].transpose(0, 1)
         block.outputs = block.outputs + g_rows.mT @ g_rows
 
 

@@ -19,11 +19,11 @@ FAMILIES: dict[str, tuple[str, int, dict[str, object]]] = {
     "resnet": ("resnet10t", 32, {"channels": (16, 32, 64, 64)}),
     "resnet v2": ("resnetv2_50", 32, {"layers": (1, 1, 1, 1), "channels": (16, 32, 32, 64), "stem_chs": 16}),
     "normalizer-free": ("nf_regnet_b0", 32, {}),
-    "efficientnet": ("efficientnet_b0", 32, {}),
-    "mobilenet v3": ("mobilenetv3_small_050", 32, {}),
-    "mobilenet v4": ("mobilenetv4_conv_small", 32, {}),
+    "efficientnet": ("efficientnet_b0", 64, {}),
+    "mobilenet v3": ("mobilenetv3_small_050", 64, {}),
+    "mobilenet v4": ("mobilenetv4_conv_small", 64, {}),
     "regnet": ("regnety_002", 32, {}),
-    "ghostnet": ("ghostnet_050", 32, {}),
+    "ghostnet": ("ghostnet_050", 64, {}),
     "hrnet": ("hrnet_w18_small", 64, {}),
     "dla": ("dla46_c", 64, {}),
     "vovnet": ("ese_vovnet19b_slim_dw", 32, {}),
@@ -69,4 +69,4 @@ def test_a_family_of_timm_trains(name):
     architecture, size, options = FAMILIES[name]
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, num_classes=CLASSES, **options)
-    trains_with_default_kfac(model, *images(CLASSES, size), **AFFORDABLE)
+    trains_with_default_kfac(model, *images(CLASSES, size, batch=8), **AFFORDABLE)

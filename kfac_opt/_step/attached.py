@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,7 +113,7 @@ class AttachedOptimizer(Optimizer):
         self._wrote = False  # whether gradients may be directions already
         self._arm()
 
-    def _track_blocks(self, groups: list[dict[str, Any]], flat: set[str]) -> dict[str, TrackedBlock]:
+    def _track_blocks(self, groups: list[dict[str, Any]], flat: set[str], *, announce: bool = True) -> dict[str, TrackedBlock]:
         """Blocks by name for these groups; the layers named in ``flat`` get diagonal ones."""
         options = self._options
         block_options = BlockOptions(
@@ -126,11 +125,11 @@ class AttachedOptimizer(Optimizer):
             options.inverse_dtype,
             options.max_block_dim,
         )
-        return track(type(self).__name__, self._require_model(), groups, block_options, flat)
+        return track(type(self).__name__, self._require_model(), groups, block_options, flat, announce=announce)
 
-    def _track(self) -> None:
+    def _track(self, *, announce: bool = True) -> None:
         options = self._options
-        self._tracked = self._track_blocks(self.param_groups, self._flat)
+        self._tracked = self._track_blocks(self.param_groups, self._flat, announce=announce)
         self._census.reopen()
         if hasattr(self, "_collector"):
             self._collector.proven.clear()  # other modules may stand behind the names now
@@ -358,9 +357,7 @@ class AttachedOptimizer(Optimizer):
     def _retrack_flat(self, names: list[str]) -> None:
         """Layers that are used through their weights only get diagonal blocks."""
         self._flat.update(names)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they have been named before
-            self._track()
+        self._track(announce=False)  # they have been named before
 
 
 class _PassGenerators:

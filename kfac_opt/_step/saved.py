@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -85,13 +84,9 @@ class SavedOptimizer(AttachedOptimizer):
     def _blocks_of(self, groups: list[dict[str, Any]], states: dict[int, Any]) -> dict[int, TrackedBlock]:
         """The blocks that a saved state belongs to, by the id of their weight: the saved groups say of which kind."""
         kinds = [{**own, "curvature": given["curvature"]} for own, given in zip(self.param_groups, groups)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are named when the state is loaded
-            whole = self._track_blocks(kinds, set())
-            flat = {
-                name for name, entry in whole.items() if entry.module is not None and has_diagonal(states.get(id(entry.weight)))
-            }
-            found = self._track_blocks(kinds, flat) if flat else whole
+        whole = self._track_blocks(kinds, set(), announce=False)  # they are named when the state is loaded
+        flat = {name for name, entry in whole.items() if entry.module is not None and has_diagonal(states.get(id(entry.weight)))}
+        found = self._track_blocks(kinds, flat, announce=False) if flat else whole
         return {id(entry.weight): entry for entry in found.values()}
 
     def _install(self, saved: dict[str, Any]) -> None:

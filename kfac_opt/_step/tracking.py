@@ -51,12 +51,19 @@ class BlockOptions:
 
 
 def track(
-    owner: str, model: nn.Module, groups: list[dict[str, Any]], options: BlockOptions, flat: set[str] | None = None
+    owner: str,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    options: BlockOptions,
+    flat: set[str] | None = None,
+    *,
+    announce: bool = True,
 ) -> dict[str, TrackedBlock]:
     """Blocks by name, in the order of ``named_parameters``.
 
     Args:
         flat: names of layers whose parameters get diagonal blocks although their type has an adapter.
+        announce: say which parameters and sides have diagonal curvature; False where they have been named already.
 
     Raises:
         ValueError: if the weight and the bias of a layer are in different groups.
@@ -78,7 +85,8 @@ def track(
         tracked[name] = TrackedBlock(name, block, parameter, None, None, number)
         if groups[number]["curvature"] != "diagonal":
             alone.append(name)
-    _announce(owner, alone, tracked)
+    if announce:
+        _announce(owner, alone, tracked)
     return tracked
 
 

@@ -68,8 +68,8 @@ class DrawingOptimizer(CurvatureOptimizer):
         super()._install(saved)
         self._forget_draws()
 
-    def _track(self) -> None:
-        super()._track()
+    def _track(self, *, announce: bool = True) -> None:
+        super()._track(announce=announce)
         self._forget_draws()
         model = self._require_model()
         self._names, self._constant = parameter_names(model), padding_rows(model)

@@ -8,8 +8,9 @@ from tests.quiet import beyond_announcements, own_warnings
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _quiet(request):
+    """A module's ``HINTS`` are patterns of what is rightly said in its loops."""
     with own_warnings() as said:
         yield
-    unexpected = beyond_announcements(list(dict.fromkeys(said)))
+    unexpected = beyond_announcements(list(dict.fromkeys(said)), getattr(request.module, "HINTS", ()))
     assert not unexpected, unexpected

@@ -21,26 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.command import run_command
-from benchmarks.common.config import LOCAL
-from benchmarks.common.figures import COLOURS, figure_png, house_style
+from benchmarks.common.config import LOCAL, ExperimentConfig
+from benchmarks.common.figures import COLOURS, Figure, finish, subplots
 from benchmarks.common.models import build_model
-from benchmarks.common.page import Figure, Table
+from benchmarks.common.report import Finding, Report, Table, findings_table, run_script, verdict
 from benchmarks.common.timing import Timed, interleave
-from benchmarks.fisher.report import Finding, Report, findings_table, run_script, verdict
 from kfac_opt.fisher import FisherMatrix, spectral_density
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fisher_speed" / "lenet.yaml"
-HEADER = ("what", "median ms", "per product of the peer")
 PEER = "curvlinops"
 SLOW = {"exact: building": 2, "empirical: building and all eigenvalues": 2, "exact: block Lanczos density": 7}
 """In every how many rounds what takes long is timed."""
 
 
-@dataclass(frozen=True)
-class SpeedConfig:
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(ExperimentConfig):
     """What is measured. ``batch_size`` is that of the peer's data: it goes through all of it for every product."""
 
-    name: str
     model: dict[str, Any]
     input_shape: list[int]
     num_classes: int = 10
@@ -48,17 +44,13 @@ class SpeedConfig:
     batch_size: int = 500
     rounds: int = 5
     columns: int = 10
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
     memory_gib: float = 2.0
     out: Path = field(default=Path("out/fisher_speed"), metadata=LOCAL)
-    keep: Path | None = field(default=None, metadata=LOCAL)
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     """Measures, prints the table, writes PNG, page, TensorBoard and JSON."""
-    return run_script(SpeedConfig, run, arguments, __doc__ or "", DEFAULT_CONFIG)
+    return run_script(SpeedConfig, run, arguments, __doc__ or "", "fisher_speed/lenet.yaml")
 
 
 def run(config: SpeedConfig) -> Report:
@@ -126,60 +118,56 @@ def make_report(config: SpeedConfig, size: int, exact: FisherMatrix, medians: di
     """Table, bars and the goals."""
     reference = medians.get(f"{PEER}: exact, one vector")
     rows = [
-        [name, f"{1e3 * value:.1f}", "—" if reference is None else f"{value / reference:.2f}"] for name, value in medians.items()
+        {"what": name, "median ms": 1e3 * value, "per product of the peer": reference and value / reference}
+        for name, value in medians.items()
     ]
-    report = Report(
+    clock = "seconds on the clock" if torch.device(config.device).type == "cuda" else "processor time"
+    held = goals(medians) if reference is not None else []
+    return Report(
         title=f"Speed of Fisher products: {config.name}",
         text=[
             f"{config.model['name']} with {size} parameters, {config.num_examples} examples, {config.threads} thread(s). Route: "
             f"{exact.route} ({exact.route_reason})."
         ],
-        tables=[Table(f"Medians of {config.rounds} interleaved rounds, {_clock_name(config)}.", HEADER, rows)],
+        tables=[
+            Table.of(f"Medians of {config.rounds} interleaved rounds, {clock}.", rows),
+            *([findings_table("Goals", held)] if held else []),
+        ],
+        findings=held,
+        figures={"times": _bars({n: 1e3 * value for n, value in medians.items() if "vector" in n or "operator" in n})},
         content={"seconds": medians, "parameters": size, "route": exact.route},
     )
-    report.figures["times"] = Figure(
-        _bars({name: 1e3 * value for name, value in medians.items() if "vector" in name or "operator" in name}),
-        "Products: ours, and the peer's.",
-    )
-    if reference is not None:
-        report.findings = goals(medians)
-        report.tables = [*report.tables, findings_table("Goals", report.findings)]
-    return report
 
 
-def _clock_name(config: SpeedConfig) -> str:
-    return "seconds on the clock" if torch.device(config.device).type == "cuda" else "processor time"
-
-
-def _bars(values: dict[str, float]) -> bytes:
-    import matplotlib.pyplot as plt
-
-    with house_style():
-        figure, ax = plt.subplots(figsize=(7, 0.55 * len(values) + 1))
-        colours = [COLOURS[1] if name.startswith(PEER) else COLOURS[0] for name in values]
-        bars = ax.barh(list(values), list(values.values()), color=colours, height=0.6)
-        ax.bar_label(bars, fmt="%.0f", fontsize=9, padding=3)
-        ax.invert_yaxis()
-        ax.set(xlabel="ms per call")
-        ax.grid(visible=False, axis="y")
-        return figure_png(figure)
+def _bars(values: dict[str, float]) -> Figure:
+    figure, ax = subplots(figsize=(7, 0.55 * len(values) + 1))
+    colours = [COLOURS[1] if name.startswith(PEER) else COLOURS[0] for name in values]
+    bars = ax.barh(list(values), list(values.values()), color=colours, height=0.6)
+    ax.bar_label(bars, fmt="%.0f", fontsize=9, padding=3)
+    ax.invert_yaxis()
+    ax.set(xlabel="ms per call")
+    ax.grid(visible=False, axis="y")
+    return finish(figure, "Products: ours, and the peer's.")
 
 
 def goals(medians: dict[str, float]) -> list[Finding]:
     """What was aimed at, beside the peer."""
     full = medians[f"{PEER}: exact, one vector"]
-    layers = medians[f"{PEER}: one operator per layer"]
-    ours, by_layer = medians["exact, one vector"], medians["layer-wise, one vector"]
-    spectrum = medians["empirical: building and all eigenvalues"]
+    numbers = {
+        "full": full / medians["exact, one vector"],
+        "layers": medians[f"{PEER}: one operator per layer"] / medians["layer-wise, one vector"],
+        "spectrum": medians["empirical: building and all eigenvalues"] / full,
+        "building": medians["exact: building"] / full,
+    }
     return [
-        Finding("full exact product at least 2 × faster", verdict(full >= 2 * ours), f"{full / ours:.1f} ×"),
-        Finding("layer-wise at least 6 × faster", verdict(layers >= 6 * by_layer), f"{layers / by_layer:.1f} ×"),
+        Finding("full exact product", "at least 2 × faster", {"×": numbers["full"]}, verdict(numbers["full"] >= 2)),
+        Finding("layer-wise product", "at least 6 × faster", {"×": numbers["layers"]}, verdict(numbers["layers"] >= 6)),
         Finding(
-            "exact empirical spectrum in the time of at most 20 of its products",
-            verdict(spectrum <= 20 * full),
-            f"{spectrum / full:.1f} products, building included",
+            "exact empirical spectrum, building included",
+            "in the time of at most 20 of its products",
+            {"products": numbers["spectrum"], "products to build the exact matrix": numbers["building"]},
+            verdict(numbers["spectrum"] <= 20),
         ),
-        Finding("(cost of building the exact matrix)", "—", f"{medians['exact: building'] / full:.1f} of the peer's products"),
     ]
 
 

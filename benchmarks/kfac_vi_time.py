@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.common.command import run_command
-from benchmarks.common.config import LOCAL, parse_arguments
+from benchmarks.common.config import ExperimentConfig
 from benchmarks.common.models import build_model
-from benchmarks.common.progress import progress
-from benchmarks.common.results import provenance, write_json
-from benchmarks.common.tables import text_table
+from benchmarks.common.report import Report, Table, progress, run_script
 from benchmarks.common.timing import Timed, cycle_ratio, interleave
 from kfac_opt import KFAC, KFACVI
 from kfac_opt.bayes.posterior import Posterior
@@ -33,8 +30,8 @@ PERIOD = 100  # steps between refreshes, the default
 AT_ONCE = 8  # draws are made so many at a time in training and in predictions
 
 
-@dataclass(frozen=True)
-class TimeConfig:
+@dataclass(frozen=True, kw_only=True)
+class TimeConfig(ExperimentConfig):
     """What is timed.
 
     Attributes:
@@ -45,6 +42,7 @@ class TimeConfig:
         rounds: timed steps of each optimizer; whole multiples of 100 count every refresh with its share.
     """
 
+    name: str = "kfac_vi_time"
     model: dict[str, Any] = field(default_factory=lambda: {"name": "lenet5"})
     input_shape: list[int] = field(default_factory=lambda: [3, 32, 32])
     num_classes: int = 10
@@ -52,27 +50,22 @@ class TimeConfig:
     predict_batches: list[int] = field(default_factory=lambda: [1, 16, 64, 256])
     predict_samples: int = 50
     rounds: int = 300
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
-    out: Path = field(default=Path("out/kfac_vi_time"), metadata=LOCAL)
-    keep: Path | None = field(default=None, metadata=LOCAL)
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.predict_samples < 1:
             raise ValueError(f"rounds and predict_samples must be >= 1, got {self.rounds} and {self.predict_samples}")
 
 
-def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measures, prints a table and returns the path of the JSON."""
-    config = parse_arguments(TimeConfig, arguments, description="The price of weight samples.")
-    torch.set_num_threads(config.threads)
-    results = {**_training(config), **_prediction(config)}
-    print(text_table(("what", "ratio"), [[name, f"{value:.3f}"] for name, value in results.items()]))
-    content = {**provenance(config, config.seed, config.device), "ratios": results}
-    if config.keep is not None:
-        write_json(config.keep / "kfac_vi_time.json", content)
-    return write_json(config.out / "results.json", content)
+def main(arguments: Sequence[str] | None = None) -> Report:
+    """Measures and writes the ratios."""
+    return run_script(TimeConfig, run, arguments, "The price of weight samples.", None)
+
+
+def run(config: TimeConfig) -> Report:
+    """Training steps and predictions."""
+    ratios = {**_training(config), **_prediction(config)}
+    rows = [{"what": name, "ratio": value} for name, value in ratios.items()]
+    return Report("The price of weight samples", tables=[Table.of("Times taken in turn.", rows)], content={"ratios": ratios})
 
 
 def _clock(config: TimeConfig) -> Callable[[], float]:
@@ -127,7 +120,7 @@ def _training(config: TimeConfig) -> dict[str, float]:
             config.rounds,
             warmup=min(config.rounds, PERIOD + 30),
             device=config.device,
-            on_round=bar.advance,
+            on_round=bar.update,
             clock=_clock(config),
         )
     period = min(PERIOD, config.rounds)

@@ -21,23 +21,20 @@ import torch
 from torch import nn
 
 from benchmarks.common.command import run_command
-from benchmarks.common.config import LOCAL, parse_arguments
+from benchmarks.common.config import LOCAL, ExperimentConfig
 from benchmarks.common.memory import peak_bytes
 from benchmarks.common.optimizers import build_optimizer, state_bytes
-from benchmarks.common.results import provenance, write_json
+from benchmarks.common.report import Report, Table, run_script, write_report
 from benchmarks.common.steps import StepConfig, make_step, run_steps
-from benchmarks.common.tables import text_table
 from benchmarks.common.workloads import Workload, WorkloadConfig
 from kfac_opt import KFAC
 from kfac_opt._curvature.kronecker import KroneckerBlock
 from kfac_opt._kernels.products import times_transposed
 from kfac_opt._kernels.workspace import shared_workspace
 
-HEADER = ("figure", "goal", "measured", "")
 
-
-@dataclass(frozen=True)
-class PartsConfig:
+@dataclass(frozen=True, kw_only=True)
+class PartsConfig(ExperimentConfig):
     """What is measured.
 
     Attributes:
@@ -46,7 +43,6 @@ class PartsConfig:
         goals: by workload and figure.
     """
 
-    name: str
     workloads: dict[str, WorkloadConfig]
     settings: dict[str, dict[str, Any]]
     repetitions: dict[str, int]
@@ -55,11 +51,7 @@ class PartsConfig:
     inverse_interval: int = 100
     measure_memory: list[str] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
-    out: Path = field(default=Path("out/step_time"), metadata=LOCAL)
-    keep: Path | None = field(default=None, metadata=LOCAL)
+    out: Path = field(default=Path("out/step_parts"), metadata=LOCAL)
 
 
 class Clock:
@@ -86,30 +78,30 @@ class Clock:
         return float(np.median(self.seconds[name]))
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Measures all workloads, prints goal and figure, writes JSON."""
-    config = parse_arguments(PartsConfig, arguments, description="Parts of a K-FAC step beside SGD's.")
-    torch.set_num_threads(config.threads)
+def main(arguments: Sequence[str] | None = None) -> Report:
+    """Measures all workloads and writes goal and figure."""
+    return run_script(PartsConfig, run, arguments, "Parts of a K-FAC step beside SGD's.", None)
+
+
+def run(config: PartsConfig) -> Report:
+    """All workloads; what is there is written after each."""
     results: dict[str, dict[str, float]] = {}
     for name in config.only or config.workloads:
         results[name] = measure(config, name)
-        print(f"\n{name}\n{text_table(HEADER, rows(results[name], config.goals.get(name, {})))}", flush=True)
-        content: dict[str, Any] = provenance(config, config.seed, config.device)
-        content.update(results=results, goals=config.goals)
-        for folder in (config.out / config.name, config.keep):
-            if folder is not None:
-                write_json(folder / f"{config.name}.json", content)
-    return results
+        tables = [Table.of(task, _rows(found, config.goals.get(task, {}))) for task, found in results.items()]
+        report = Report(f"Parts of a step: {config.name}", tables=tables, content={"results": results, "goals": config.goals})
+        write_report(report, config)
+    return report
 
 
-def rows(figures: dict[str, float], goals: dict[str, float]) -> list[list[str]]:
+def _rows(figures: dict[str, float], goals: dict[str, float]) -> list[dict[str, str]]:
     """Figure, goal, measured, met or by how much missed."""
-    table = []
+    rows = []
     for name, value in figures.items():
         goal = goals.get(name)
-        verdict = "" if goal is None else "met" if value <= goal else f"missed by {value - goal:.3g}"
-        table.append([name, "" if goal is None else f"{goal:g}", f"{value:.3g}", verdict])
-    return table
+        kept = "" if goal is None else "met" if value <= goal else f"missed by {value - goal:.3g}"
+        rows.append({"figure": name, "goal": goal, "measured": value, "": kept})
+    return rows
 
 
 def measure(config: PartsConfig, name: str) -> dict[str, float]:

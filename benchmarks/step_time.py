@@ -13,31 +13,26 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common.command import run_command
-from benchmarks.common.config import LOCAL, ConfigError, parse_arguments
-from benchmarks.common.figures import bar_figure
+from benchmarks.common.config import LOCAL, ConfigError, ExperimentConfig
+from benchmarks.common.figures import COLOURS, Figure, finish, subplots
 from benchmarks.common.memory import peak_bytes
-from benchmarks.common.page import Figure, Section, Table, machine_footer, write_page
 from benchmarks.common.peers import is_installed
-from benchmarks.common.progress import progress
-from benchmarks.common.results import describe_machine, describe_versions, provenance, write_json
+from benchmarks.common.report import Report, Table, progress, run_script, write_report
 from benchmarks.common.steps import Step, StepConfig, make_step, run_steps
-from benchmarks.common.tables import text_table
 from benchmarks.common.timing import Timed, cycle_ratio, interleave, percentile
 from benchmarks.common.workloads import Workload, WorkloadConfig
 
 MEMORY_STEPS = 3
-HEADER = ("step", "median ms", "mean / SGD", "median / SGD", "p99 / p50", "max / p50", "state MB", "peak MB above SGD")
+Measured = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class StepTimeConfig:
+@dataclass(frozen=True, kw_only=True)
+class StepTimeConfig(ExperimentConfig):
     """What is measured.
 
     Attributes:
@@ -48,7 +43,6 @@ class StepTimeConfig:
         measure_memory: also run each contestant in a process of its own for its peak memory.
     """
 
-    name: str
     workloads: dict[str, WorkloadConfig]
     contestants: dict[str, StepConfig]
     reference: str = "SGD"
@@ -56,11 +50,7 @@ class StepTimeConfig:
     only: list[str] = field(default_factory=list)
     max_rounds: int | None = None
     measure_memory: bool = True
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
     out: Path = field(default=Path("out/step_time"), metadata=LOCAL)
-    keep: Path | None = field(default=None, metadata=LOCAL)
 
     def __post_init__(self) -> None:
         if self.reference not in self.contestants:
@@ -75,156 +65,118 @@ class StepTimeConfig:
             raise ConfigError(f"only: unknown workloads {sorted(unknown)}; allowed: {', '.join(self.workloads)}.")
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """One contestant on one workload.
-
-    Attributes:
-        mean_ratio: mean over whole periods, divided by the reference's mean in the same rounds.
-        median_ratio: median step divided by the reference's median step.
-        peak_bytes_above_reference: None when memory was not measured.
-    """
-
-    contestant: str
-    num_steps: int
-    median_seconds: float
-    mean_ratio: float
-    median_ratio: float
-    p99_over_p50: float
-    max_over_p50: float
-    state_bytes: int
-    state_over_parameters: float
-    peak_bytes_above_reference: int | None
-
-    def row(self) -> list[str]:
-        """One row under ``HEADER``."""
-        memory = self.peak_bytes_above_reference
-        return [
-            self.contestant,
-            f"{1e3 * self.median_seconds:.2f}",
-            f"{self.mean_ratio:.2f}",
-            f"{self.median_ratio:.2f}",
-            f"{self.p99_over_p50:.2f}",
-            f"{self.max_over_p50:.2f}",
-            f"{self.state_bytes / 1e6:.1f} ({self.state_over_parameters:.1f} ×)",
-            "—" if memory is None else f"{memory / 1e6:.0f}",
-        ]
+def main(arguments: Sequence[str] | None = None) -> Report:
+    """Measures all workloads and writes the page."""
+    return run_script(StepTimeConfig, run, arguments, "Step time beside SGD's in the same run.", None)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, list[StepTime]]:
-    """Measures all workloads, prints a table for each, writes JSON and the page."""
-    config = _without_missing(parse_arguments(StepTimeConfig, arguments, description="Step time beside SGD's in the same run."))
-    torch.set_num_threads(config.threads)
-    results = {}
-    for name in config.only or config.workloads:
-        results[name] = measure(config, name)
-        print(f"\n{name}\n{text_table(HEADER, [result.row() for result in results[name]])}")
-        print("\n".join(ratio_lines(config, results[name])), flush=True)
-        page = write_report(config, results)
-    print(f"\npage: {page}")
-    return results
-
-
-def _without_missing(config: StepTimeConfig) -> StepTimeConfig:
-    """Without the contestants whose package is not installed."""
+def run(config: StepTimeConfig) -> Report:
+    """All workloads; what is there is written after each, for some take hours."""
     missing = [label for label, step in config.contestants.items() if step.kind == "peer" and not is_installed(step.optimizer)]
     for label in missing:
         print(f"'{label}' is left out: package '{config.contestants[label].optimizer}' is not installed", file=sys.stderr)
-    kept = {label: step for label, step in config.contestants.items() if label not in missing}
-    return replace(config, contestants=kept)
+    config = replace(config, contestants={k: step for k, step in config.contestants.items() if k not in missing})
+    results: dict[str, list[Measured]] = {}
+    for name in config.only or config.workloads:
+        results[name] = measure(config, name)
+        report = make_report(config, results)
+        write_report(report, config)
+    return report
 
 
-def measure(config: StepTimeConfig, name: str) -> list[StepTime]:
+def measure(config: StepTimeConfig, name: str) -> list[Measured]:
     """All contestants on one workload."""
     workload_config = config.workloads[name]
     workload = Workload(workload_config, config.device, config.seed)
     steps = {label: make_step(step, workload) for label, step in config.contestants.items()}
     rounds = workload_config.cycles * max(step.period for step in config.contestants.values())
-    rounds = rounds if config.max_rounds is None else min(rounds, config.max_rounds)
+    rounds = min(rounds, config.max_rounds or rounds)
     timed = {label: Timed(steps[label].run, config.contestants[label].stride) for label in steps}
     with progress(rounds, name) as display:
         alone = config.threads == 1 and config.device == "cpu"
         clock = time.thread_time if alone else time.perf_counter
-        seconds = interleave(timed, rounds, device=config.device, on_round=display.advance, clock=clock)
-    peaks = _peaks(config, workload_config) if config.measure_memory else {}
+        seconds = interleave(timed, rounds, device=config.device, on_round=display.update, clock=clock)
+    peaks = {
+        label: peak_bytes(run_steps, step, workload_config, config.device, MEMORY_STEPS, device=config.device)
+        for label, step in config.contestants.items()
+        if config.measure_memory
+    }
     num_bytes = sum(p.numel() * p.element_size() for p in workload.build_model().parameters())
     return [_evaluate(config, label, step, seconds, peaks, num_bytes) for label, step in steps.items()]
 
 
-def ratio_lines(config: StepTimeConfig, found: list[StepTime]) -> list[str]:
-    """The further ratios of the config, one line each."""
-    return [f"{name}: {value:.2f}" for name, value in further_ratios(config, found).items()]
-
-
-def further_ratios(config: StepTimeConfig, found: list[StepTime]) -> dict[str, float]:
-    """Median step of the first contestant of each pair divided by the second's."""
-    medians = {result.contestant: result.median_seconds for result in found}
-    return {name: medians[first] / medians[second] for name, (first, second) in config.ratios.items()}
-
-
-def _peaks(config: StepTimeConfig, workload: WorkloadConfig) -> dict[str, int]:
+def _evaluate(
+    config: StepTimeConfig, label: str, step: Step, seconds: dict[str, list[float]], peaks: dict[str, int], num_bytes: int
+) -> Measured:
+    """``mean_ratio``: over whole periods, to the reference's mean in the same rounds; ``median_ratio``: of median steps."""
+    contestant, own, every = config.contestants[label], seconds[label], seconds[config.reference]
+    middle = percentile(own, 50)
+    period = max(1, contestant.period // contestant.stride) if contestant.period > 1 else len(own)
     return {
-        label: peak_bytes(run_steps, step, workload, config.device, MEMORY_STEPS, device=config.device)
-        for label, step in config.contestants.items()
+        "contestant": label,
+        "num_steps": len(own),
+        "median_seconds": middle,
+        "mean_ratio": cycle_ratio(own, every[:: contestant.stride], period),
+        "median_ratio": middle / percentile(every, 50),
+        "p99_over_p50": percentile(own, 99) / middle,
+        "max_over_p50": max(own) / middle,
+        "state_bytes": step.state_bytes(),
+        "state_over_parameters": step.state_bytes() / num_bytes,
+        "peak_bytes_above_reference": peaks[label] - peaks[config.reference] if peaks else None,
     }
 
 
-def _evaluate(
-    config: StepTimeConfig,
-    label: str,
-    step: Step,
-    seconds: dict[str, list[float]],
-    peaks: dict[str, int],
-    parameter_bytes: int,
-) -> StepTime:
-    contestant = config.contestants[label]
-    own, every = seconds[label], seconds[config.reference]
-    reference = every[:: contestant.stride]
-    middle = percentile(own, 50)
-    period = max(1, contestant.period // contestant.stride) if contestant.period > 1 else len(own)
-    return StepTime(
-        contestant=label,
-        num_steps=len(own),
-        median_seconds=middle,
-        mean_ratio=cycle_ratio(own, reference, period),
-        median_ratio=middle / percentile(every, 50),
-        p99_over_p50=percentile(own, 99) / middle,
-        max_over_p50=max(own) / middle,
-        state_bytes=step.state_bytes(),
-        state_over_parameters=step.state_bytes() / parameter_bytes,
-        peak_bytes_above_reference=peaks[label] - peaks[config.reference] if peaks else None,
-    )
+def further_ratios(config: StepTimeConfig, found: list[Measured]) -> dict[str, float]:
+    """Ratios of two contestants' median steps."""
+    medians = {result["contestant"]: result["median_seconds"] for result in found}
+    pairs = {name: pair for name, pair in config.ratios.items() if set(pair) <= set(medians)}
+    return {name: medians[above] / medians[below] for name, (above, below) in pairs.items()}
 
 
-def write_report(config: StepTimeConfig, results: dict[str, list[StepTime]]) -> Path:
-    """JSON and page below ``out``, the small summary in ``keep``; called after every workload."""
-    content: dict[str, Any] = provenance(config, config.seed, config.device)
-    content["results"] = {name: [asdict(result) for result in found] for name, found in results.items()}
-    content["ratios"] = {name: further_ratios(config, found) for name, found in results.items()}
-    folder = config.out / config.name
-    write_json(folder / "results.json", content)
-    if config.keep is not None:
-        write_json(config.keep / f"{config.name}.json", content)
-    footer = machine_footer(describe_machine(config.device), describe_versions())
-    sections = [_section(config, name, found) for name, found in results.items()]
-    return write_page(folder / "index.html", f"Step time: {config.name}", sections, footer=footer)
-
-
-def _section(config: StepTimeConfig, name: str, found: list[StepTime]) -> Section:
-    workload = config.workloads[name]
+def make_report(config: StepTimeConfig, results: dict[str, list[Measured]]) -> Report:
+    """A table and bars for each workload."""
+    ratios = {name: further_ratios(config, found) for name, found in results.items()}
     caption = (
         f"mean / {config.reference}: over whole periods of the intervals, in the same rounds. "
-        "State in brackets: multiples of the parameters' bytes. Peak memory in a process of its own."
+        "Peak memory in a process of its own."
     )
-    bars = bar_figure(
-        {result.contestant: result.mean_ratio for result in found},
-        y_label=f"mean step time / {config.reference}'s",
-        title=name,
+    tables = []
+    for name, found in results.items():
+        workload = config.workloads[name]
+        title = f"{name}: {workload.model['name']}, batch {workload.batch_size}, input {workload.input_shape}. {caption}"
+        tables.append(Table.of(title, [_row(config, result) for result in found]))
+    return Report(
+        title=f"Step time: {config.name}",
+        tables=tables,
+        figures={name: _bars(config, name, found) for name, found in results.items()},
+        notes=[f"{name}: {key} {value:.2f}" for name, found in ratios.items() for key, value in found.items()],
+        content={"results": results, "ratios": ratios},
     )
-    text = [f"{workload.model['name']}, batch {workload.batch_size}, input {workload.input_shape}."]
-    table = Table(caption, HEADER, [result.row() for result in found])
-    figures = [Figure(bars, "Mean step time as a ratio.")]
-    return Section(name, text, [table], figures, notes=ratio_lines(config, found))
+
+
+def _row(config: StepTimeConfig, result: Measured) -> dict[str, Any]:
+    memory = result["peak_bytes_above_reference"]
+    return {
+        "step": result["contestant"],
+        "median ms": 1e3 * result["median_seconds"],
+        f"mean / {config.reference}": result["mean_ratio"],
+        f"median / {config.reference}": result["median_ratio"],
+        "p99 / p50": result["p99_over_p50"],
+        "max / p50": result["max_over_p50"],
+        "state MB": result["state_bytes"] / 1e6,
+        "state / parameters": result["state_over_parameters"],
+        f"peak MB above {config.reference}": memory and memory / 1e6,
+    }
+
+
+def _bars(config: StepTimeConfig, name: str, found: list[Measured]) -> Figure:
+    figure, axes = subplots()
+    bars = axes.bar([r["contestant"] for r in found], [r["mean_ratio"] for r in found], color=COLOURS[0], width=0.6)
+    axes.bar_label(bars, fmt="%.2f", fontsize=9)
+    axes.set(ylabel=f"mean step time / {config.reference}'s", title=name)
+    axes.grid(visible=False, axis="x")
+    axes.tick_params(axis="x", labelrotation=20 if len(found) > 5 else 0)
+    return finish(figure, f"{name}: mean step time as a ratio.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from benchmarks.battery.run import SEARCH_SEED, Contestant, Schedule, make_facto
 from benchmarks.battery.tasks import TASKS
 from benchmarks.common.config import LOCAL, parse_arguments
 from benchmarks.common.optimizers import default_settings
-from benchmarks.common.progress import progress
+from benchmarks.common.report import progress
 from benchmarks.common.results import append_json_line, fingerprint, provenance, read_json_lines, write_json
 
 
@@ -115,5 +115,5 @@ def run(config: BatteryConfig) -> report.Found:
                 whole = [line["seconds"] / steps for line in made if len(line["losses"]) == steps]
                 least = min(whole, default=math.nan)
                 found[task][name] = {"settings": best, "runs": last, "num_steps": steps, "seconds_per_step": least}
-                display.advance(note=f"{task}, {contestant.label}")
+                display.update()
     return {task: by_name for task, by_name in found.items() if by_name}

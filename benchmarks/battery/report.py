@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.battery.run import steps_to
 from benchmarks.battery.tasks import KEPT_ASIDE, TASKS
-from benchmarks.common.comparison import mean_and_error
 from benchmarks.common.results import read_json, write_text
+from benchmarks.common.statistics import mean_and_error
 
 REFERENCE = "adamw"
 NOT_REACHED = 2.0

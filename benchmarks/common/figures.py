@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,8 +22,9 @@ OPTIMIZER_COLOURS = {"sgd": "#000000", "adamw": "#E69F00", "muon": "#009E73", "k
 
 HOUSE_STYLE: dict[str, Any] = {
     "figure.figsize": (6.4, 4.0),
-    "figure.dpi": 110,
+    "figure.dpi": 150,
     "figure.constrained_layout.use": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -36,6 +37,53 @@ HOUSE_STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
     "font.size": 10,
 }
+house_style = functools.partial(plt.rc_context, HOUSE_STYLE)
+"""Context in which figures look like all others."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A PNG with the sentence below it, and what it shows for readers who do not see it."""
+
+    png: bytes
+    caption: str
+    description: str
+
+    @property
+    def wide(self) -> bool:
+        """Whether it wants the page's whole width."""
+        width, height = struct.unpack(">II", self.png[16:24])
+        return width > 1.9 * height
+
+
+def subplots(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """``plt.subplots`` in the house style."""
+    plt.rcParams.update(HOUSE_STYLE)
+    return plt.subplots(*arguments, **options)
+
+
+def finish(figure: Any, caption: str) -> Figure:
+    """The figure as a picture of a page; it is closed afterwards."""
+    description = describe(figure)
+    return Figure(figure_png(figure), caption, description)
+
+
+def figure_png(figure: Any) -> bytes:
+    """The figure as PNG; it is closed afterwards."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def describe(figure: Any) -> str:
+    """What stands on the axes and in the legends, in words: the text alternative of a picture."""
+    parts = []
+    for axes in figure.axes:
+        labels = [label for label in axes.get_legend_handles_labels()[1] if not label.startswith("_")]
+        against = f"{axes.get_ylabel()} against {axes.get_xlabel()}" if axes.get_xlabel() else axes.get_ylabel()
+        parts.append(": ".join(part for part in (axes.get_title(), against, ", ".join(labels)) if part))
+    return "Figure. " + "; ".join(dict.fromkeys(part for part in parts if part))
 
 
 @dataclass(frozen=True)
@@ -47,58 +95,37 @@ class Curve:
     middle: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    colour: str | None = None
+    colour: Any = None
     style: str = "-"
 
 
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Figures made inside look like all others."""
-    with plt.rc_context(HOUSE_STYLE):
-        yield
-
-
 def line_figure(
+    caption: str,
     curves: Sequence[Curve],
     *,
     x_label: str,
     y_label: str,
-    title: str = "",
-    log_x: bool = False,
     log_y: bool = True,
     level: tuple[float, str] | None = None,
-    legend_beside: bool = False,
-) -> bytes:
-    """PNG of ``curves``; ``level`` is a horizontal line with its label, ``legend_beside`` for curves that leave no room."""
-    with house_style():
-        figure, axes = plt.subplots()
-        for index, curve in enumerate(curves):
-            colour = curve.colour or COLOURS[index % len(COLOURS)]
-            axes.plot(curve.x, curve.middle, curve.style, color=colour, label=curve.label)
-            if curve.low is not None and curve.high is not None:
-                axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-        if level is not None:
-            axes.axhline(level[0], color="#777777", linewidth=1.0, linestyle=":", label=level[1])
-        axes.set(xlabel=x_label, ylabel=y_label, title=title)
-        if log_y:
-            axes.set_yscale("log")
-        if log_x:
-            axes.set_xscale("log")
-        if legend_beside:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
-        else:
-            axes.legend()
-        return figure_png(figure)
+    beside: bool = False,
+) -> Figure:
+    """``curves``; ``level`` is a horizontal line with its label, ``beside`` puts the legend where no curve is."""
+    figure, axes = subplots()
+    for index, curve in enumerate(curves):
+        colour = curve.colour or COLOURS[index % len(COLOURS)]
+        axes.plot(curve.x, curve.middle, curve.style, color=colour, label=curve.label)
+        if curve.low is not None:
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    if level is not None:
+        axes.axhline(level[0], color="#777777", linewidth=1.0, linestyle=":", label=level[1])
+    axes.set(xlabel=x_label, ylabel=y_label)
+    if log_y and curves:
+        axes.set_yscale("log")
+    axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0} if beside else {}))
+    return finish(figure, caption)
 
 
-def spread(
-    label: str,
-    xs: Sequence[Sequence[float]],
-    ys: Sequence[Sequence[float]],
-    *,
-    colour: str | None = None,
-    style: str = "-",
-) -> Curve:
+def spread(label: str, xs: Sequence[Sequence[float]], ys: Sequence[Sequence[float]], **look: Any) -> Curve:
     """Median of several runs with the band from the lowest to the highest.
 
     Runs may have points at different ``x`` (seconds): all are read off, by interpolation, at those of the first run,
@@ -109,71 +136,4 @@ def spread(
     end = min(x[-1] for x, _ in whole)
     grid = whole[0][0] / max(whole[0][0][-1], 1e-12) * end
     values = np.stack([np.interp(grid, x, y) for x, y in whole])
-    return Curve(
-        label,
-        grid.tolist(),
-        np.median(values, axis=0).tolist(),
-        values.min(axis=0).tolist(),
-        values.max(axis=0).tolist(),
-        colour,
-        style,
-    )
-
-
-def bar_figure(values: Mapping[str, float], *, y_label: str, title: str = "", colours: Sequence[str] | None = None) -> bytes:
-    """PNG of one bar per entry with its number on top."""
-    with house_style():
-        figure, axes = plt.subplots()
-        bars = axes.bar(list(values), list(values.values()), color=colours or COLOURS[0], width=0.6)
-        axes.bar_label(bars, fmt="%.2f", fontsize=9)
-        axes.set(ylabel=y_label, title=title)
-        axes.grid(visible=False, axis="x")
-        axes.tick_params(axis="x", labelrotation=20 if len(values) > 5 else 0)
-        return figure_png(figure)
-
-
-def heat_figure(
-    values: Sequence[Sequence[float]],
-    *,
-    x_names: Sequence[str],
-    y_names: Sequence[str],
-    x_label: str,
-    y_label: str,
-    title: str = "",
-    colour_label: str = "",
-    marks: Sequence[Sequence[str]] | None = None,
-) -> bytes:
-    """PNG of a table as colours (logarithmic), rows from the bottom; ``marks`` are written into the cells."""
-    from matplotlib.colors import LogNorm
-
-    table = np.asarray(values, dtype=float)
-    with house_style():
-        figure, axes = plt.subplots(figsize=(5.2, 4.2))
-        positive = table[np.isfinite(table) & (table > 0)]
-        norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01)) if positive.size else None
-        image = axes.imshow(np.ma.masked_invalid(table), origin="lower", cmap="viridis_r", norm=norm, aspect="auto")
-        for row, names in enumerate(marks or []):
-            for column, name in enumerate(names):
-                axes.text(column, row, name, ha="center", va="center", fontsize=8, color="white")
-        axes.set(xlabel=x_label, ylabel=y_label, title=title)
-        axes.set_xticks(range(len(x_names)), x_names)
-        axes.set_yticks(range(len(y_names)), y_names)
-        axes.grid(visible=False)
-        figure.colorbar(image, ax=axes, label=colour_label)
-        return figure_png(figure)
-
-
-def figure_png(figure: Any) -> bytes:
-    """The figure as PNG; it is closed afterwards."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def save_png(path: str | Path, png: bytes) -> Path:
-    """Writes ``png`` to ``path``, making the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png)
-    return path
+    return Curve(label, grid.tolist(), *(part.tolist() for part in (np.median(values, 0), values.min(0), values.max(0))), **look)

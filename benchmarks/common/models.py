@@ -51,34 +51,44 @@ def autoencoder(
 
 def small_cnn(in_channels: int = 1, num_classes: int = 10, width: int = 16, image_size: int = 8) -> nn.Module:
     """Two 3×3 convolutions (the second of stride 2) and one linear layer."""
-    reduced = (image_size + 1) // 2
-    return nn.Sequential(
-        nn.Conv2d(in_channels, width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(2 * width * reduced * reduced, num_classes),
-    )
+    first, second = nn.Conv2d(in_channels, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+    features = 2 * width * ((image_size + 1) // 2) ** 2
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(features, num_classes))
 
 
 def lenet5(in_channels: int = 3, num_classes: int = 10, image_size: int = 32) -> nn.Module:
     """LeNet5 with ReLU and max-pooling, as used for CIFAR-10 in the K-FAC literature."""
     reduced = ((image_size - 4) // 2 - 4) // 2
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 6, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * reduced * reduced, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, num_classes),
-    )
+    layers = [nn.Conv2d(in_channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, *mlp([16 * reduced * reduced, 120, 84, num_classes]))
+
+
+class ToColour32(nn.Module):
+    """Images as three channels of 32 × 32: 8 × 8 enlarged, 28 × 28 with a border of zeros; no parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] <= 16:
+            x = functional.interpolate(x, size=(32, 32), mode="nearest")
+        border = (32 - x.shape[-1]) // 2
+        x = functional.pad(x, (border, border, border, border))
+        return x if x.shape[1] == 3 else x.repeat(1, 3, 1, 1)
+
+
+def spectrum_cnn(num_classes: int = 10) -> nn.Module:
+    """The CNN of the spectrum study by Ishii and Yokota, 1952 parameters: two convolutions, three linear layers."""
+    layers = [nn.Conv2d(3, 4, 5, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    linear = [nn.Linear(150, 6, bias=False), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, num_classes)]
+    return nn.Sequential(ToColour32(), *layers, nn.Flatten(), *linear)
+
+
+def conv4_fc3(in_channels: int = 3, image_size: int = 32, width: int = 16, num_classes: int = 10) -> nn.Module:
+    """Four 3×3 convolutions with two poolings, and three linear layers, as in the gradient study's CIFAR-10 net."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((in_channels, width), (width, 2 * width)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(outputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    features = 2 * width * (image_size // 4) ** 2
+    return nn.Sequential(*layers, *mlp([features, 128, 64, num_classes]))
 
 
 class ResidualBlock(nn.Module):
@@ -195,14 +205,8 @@ def _init_gpt_(module: nn.Module) -> None:
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": mlp,
-    "deep_linear": deep_linear,
-    "hdeep": hdeep,
-    "autoencoder": autoencoder,
-    "small_cnn": small_cnn,
-    "lenet5": lenet5,
-    "resnet18": resnet18,
-    "gpt": GPT,
+    make.__name__.lower(): make
+    for make in (mlp, deep_linear, hdeep, autoencoder, small_cnn, lenet5, spectrum_cnn, conv4_fc3, resnet18, GPT)
 }
 
 

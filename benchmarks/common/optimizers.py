@@ -38,6 +38,11 @@ def build_optimizer(
         raise ConfigError(f"optimizer '{name}' refuses its settings {dict(settings)}: {error}") from error
 
 
+def optimizer_factory(name: str, settings: Settings, likelihood: str = "categorical") -> Callable[[nn.Module, int], Any]:
+    """Makes the optimizer of a run out of its model and its seed."""
+    return lambda model, seed: build_optimizer(name, model, settings, likelihood, seed)
+
+
 def _build_sgd(model: nn.Module, settings: dict[str, Any], likelihood: str, seed: int) -> torch.optim.Optimizer:
     check_keys(settings, _arguments(torch.optim.SGD), "sgd")
     return torch.optim.SGD(model.parameters(), **settings)

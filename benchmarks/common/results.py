@@ -8,12 +8,15 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from benchmarks.common.config import resolved
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "optuna", "kfac_opt")
 
@@ -35,7 +38,7 @@ def describe_machine(device: str | torch.device = "cpu") -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.system(),
         "device": str(device),
     }
@@ -45,10 +48,16 @@ def describe_machine(device: str | torch.device = "cpu") -> dict[str, Any]:
     return description
 
 
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
+        info.is_file()
+    ) else []  # fmt: skip
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def provenance(config: Any, seed: int | None, device: str | torch.device = "cpu") -> dict[str, Any]:
     """What is stored beside every result: resolved config, seed, versions, machine."""
-    from benchmarks.common.config import resolved
-
     return {
         "config": resolved(config),
         "seed": seed,
@@ -59,12 +68,12 @@ def provenance(config: Any, seed: int | None, device: str | torch.device = "cpu"
 
 def fingerprint(value: Any) -> str:
     """Twelve hexadecimal digits that change when ``value`` (plain data) changes: names results that may be reused."""
-    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_json(path: str | Path, content: Any) -> Path:
     """Writes ``content`` to ``path`` whole or not at all; numbers that are not finite become ``null``."""
-    return write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -83,11 +92,27 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text())
 
 
+class RunLog:
+    """Finished runs by what they are, one line of a file each: the same command goes on after the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known = {line["identity"]: line["run"] for line in read_json_lines(path)}
+
+    def get(self, identity: Any, make: Callable[[], Any], **notes: Any) -> Any:
+        """The run described by ``identity`` (plain data) as plain data, made and noted where it is not there yet."""
+        key = fingerprint(identity)
+        if key not in self.known:
+            self.known[key] = plain(make())
+            append_json_line(self.path, {"identity": key, **notes, "run": self.known[key]})
+        return self.known[key]
+
+
 def append_json_line(path: str | Path, content: Mapping[str, Any]) -> None:
     """Adds one line to a log of finished runs; on disk when this returns."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(_plain(content), allow_nan=False) + "\n").encode()
+    line = (json.dumps(plain(content), allow_nan=False) + "\n").encode()
     torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("ab") as file:
         # A killed process may have left half a line: end it, so that only that run is lost.
@@ -98,48 +123,21 @@ def append_json_line(path: str | Path, content: Mapping[str, Any]) -> None:
 
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The finished runs in a log; a line that was cut off by a kill is left out."""
-    path = Path(path)
-    if not path.is_file():
-        return
-    for line in path.read_text().splitlines():
+    for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue
 
 
-def tensorboard_writer(folder: str | Path) -> Any:
-    """A ``SummaryWriter`` for ``folder``."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` with tensors, numpy numbers and paths as plain data, non-finite numbers as None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # no such file on macOS and Windows: platform knows less, but something
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None

@@ -110,6 +110,7 @@ class _IdleLayer:
     name: str
     block: Any
     weight: nn.Parameter
+    bias: nn.Parameter | None
     module: nn.Module
 
 
@@ -127,8 +128,9 @@ def _capture(model: nn.Module, workload: Workload) -> Callable[[], None]:
     for name, module in model.named_modules():
         adapter = find_adapter(module)
         if adapter is not None:
-            block = _IdleBlock(adapter(module, getattr(module, "bias", None) is not None))
-            layers[name] = _IdleLayer(name, block, module.weight, module)
+            bias = getattr(module, "bias", None)
+            block = _IdleBlock(adapter(module, bias is not None))
+            layers[name] = _IdleLayer(name, block, module.weight, bias, module)
     collector.attach(layers, {})  # type: ignore[arg-type]
     plain = _forward_backward(model, workload)
 

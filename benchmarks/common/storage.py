@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -27,25 +27,20 @@ def open_database(place: str, heartbeat_seconds: int, grace_seconds: int) -> Bas
     Raises:
         ConfigError: if the database cannot be reached; the message has the address without what may be secret.
     """
-    if place.endswith((".journal", ".log")):
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
+    if "://" not in place:
         Path(place).parent.mkdir(parents=True, exist_ok=True)
+    if place.endswith((".journal", ".log")):
         return JournalStorage(JournalFileBackend(place))
     url = database_url(place)
-    options: dict[str, Any] = {"heartbeat_interval": heartbeat_seconds, "grace_period": grace_seconds}
     retry, keyword = retry_callback()
-    options[keyword] = retry
+    options = {"heartbeat_interval": heartbeat_seconds, "grace_period": grace_seconds, keyword: retry}
     # Several processes write to one SQLite file: let them wait for each other instead of giving up.
     sqlite = url.get_backend_name() == "sqlite"
     engine = {"connect_args": {"timeout": 120}} if sqlite else {"pool_pre_ping": True}
     for attempt in range(1, OPEN_ATTEMPTS + 1):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine, **options)
-                return _without_waiting_for_the_disk(storage)
+            storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine, **options)
+            return _without_waiting_for_the_disk(storage)
         except Exception as error:  # drivers raise their own kinds
             if attempt == OPEN_ATTEMPTS:
                 said = _without_secrets(f"{type(error).__name__}: {str(error).splitlines()[0]}", url)
@@ -63,7 +58,6 @@ def database_url(place: str) -> URL:
     ``postgresql://`` takes the driver that is installed: which one SQLAlchemy takes depends on its version.
     """
     if "://" not in place:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
         return URL.create("sqlite", database=str(Path(place).resolve()))
     try:
         url = make_url(place)
@@ -110,8 +104,6 @@ def _without_waiting_for_the_disk(storage: RDBStorage) -> RDBStorage:
 def retry_callback() -> tuple[Callable[..., None], str]:
     """Optuna's callback that queues dead trials again, and the name of its argument (renamed in optuna 4.9)."""
     current = "heartbeat_stale_trial_callback"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if current in inspect.signature(RDBStorage).parameters:
-            return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES), current
-        return optuna.storages.RetryFailedTrialCallback(max_retry=MAX_RETRIES), "failed_trial_callback"
+    if current in inspect.signature(RDBStorage).parameters:
+        return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES), current
+    return optuna.storages.RetryFailedTrialCallback(max_retry=MAX_RETRIES), "failed_trial_callback"

@@ -116,7 +116,6 @@ class Task:
         """Mean negative log-likelihood (without constants) per example, or per token."""
         return LOSSES[self.config.likelihood](outputs, targets)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Literal["train", "test"]) -> Evaluation:
         """Loss and error in evaluation mode; the model's mode is put back."""
         inputs = self.dataset.train_inputs if split == "train" else self.dataset.test_inputs
@@ -125,26 +124,30 @@ class Task:
             # Evenly spread over the set: neighbours of a text are alike.
             rows = torch.linspace(0, len(inputs) - 1, self.config.num_eval, device=self.device).long()
             inputs, targets = inputs[rows], targets[rows]
-        number = len(inputs)
-        chunk = 64 if self.config.data.name == "shakespeare" else 500
-        was_training = model.training
-        model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        error = torch.zeros((), dtype=torch.float64, device=self.device)
-        try:
-            for x, y in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-                outputs = model(x)
-                loss += self.loss(outputs, y).double() * len(x)
-                error += self._error(outputs, y).double() * len(x)
-        finally:
-            model.train(was_training)
-        return Evaluation(float(loss) / number, float(error) / number)
+        return evaluate(model, inputs, targets, self.config.likelihood, 64 if self.config.data.name == "shakespeare" else 500)
 
-    def _error(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if self.config.likelihood == "categorical":
-            return (outputs.argmax(dim=-1) != targets).double().mean()
-        reconstruction = torch.sigmoid(outputs) if self.config.likelihood == "bernoulli" else outputs
-        return (reconstruction - targets).square().sum(dim=-1).mean()
+
+@torch.no_grad()
+def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, likelihood: str = "categorical", chunk: int = 500) -> Evaluation:
+    """Loss and error over a set in evaluation mode; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    loss, error = torch.zeros(2, dtype=torch.float64, device=inputs.device)
+    try:
+        for x, y in zip(inputs.split(chunk), targets.split(chunk), strict=True):
+            outputs = model(x)
+            loss += LOSSES[likelihood](outputs, y).double() * len(x)
+            error += _error(likelihood, outputs, y).double() * len(x)
+    finally:
+        model.train(was_training)
+    return Evaluation(float(loss) / len(inputs), float(error) / len(inputs))
+
+
+def _error(likelihood: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    if likelihood == "categorical":
+        return (outputs.argmax(dim=-1) != targets).double().mean()
+    reconstruction = torch.sigmoid(outputs) if likelihood == "bernoulli" else outputs
+    return (reconstruction - targets).square().sum(dim=-1).mean()
 
 
 def _categorical_loss(outputs: Tensor, targets: Tensor) -> Tensor:

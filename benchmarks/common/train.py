@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,85 @@ from torch import Tensor, nn
 
 from benchmarks.common.tasks import Task
 
-OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+OptimizerFactory = Callable[[nn.Module, int], torch.optim.Optimizer]
+
+
+class Loop:
+    """Steps of training, one after the other: iterating gives the number of finished steps and the mini-batch loss before each.
+
+    An optimizer that gives up on broken numbers ends the loop; any other error is a bug and goes on.
+
+    Args:
+        factor: of the learning rates at a step.
+        backward: in place of one backward pass of ``loss``; returns the loss.
+
+    Attributes:
+        seconds: of all steps, without what the caller did inside :meth:`stopped`.
+        broken_step, message: where and how the optimizer gave up; None in a healthy loop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[tuple[Tensor, Tensor]],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        num_steps: int,
+        factor: Callable[[int], float] = lambda step: 1.0,
+        backward: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.batches, self.loss = model, optimizer, batches, loss
+        self.num_steps, self.factor, self.backward = num_steps, factor, backward or self._backward
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.seconds, self.broken_step, self.message = 0.0, None, ""
+        self.batch: tuple[Tensor, Tensor] | None = None
+        self._started = 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        self._started = self._now()
+        try:
+            for step in range(self.num_steps):
+                yield step + 1, self._step(step)
+                if self.broken_step is not None:
+                    break
+        finally:
+            self.seconds += self._now() - self._started
+
+    def _step(self, step: int) -> Tensor:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.factor(step)
+        self.batch = inputs, targets = next(self.batches)
+        self.optimizer.zero_grad()
+        loss = self.backward(inputs, targets)
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if self._is_finite(loss):
+                raise
+            self.broken_step, self.message = step, str(error)[:200]
+        return loss.detach()
+
+    def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = self.loss(self.model(inputs), targets)
+        loss.backward()
+        return loss
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The clock stands still."""
+        self.seconds += self._now() - self._started
+        yield
+        self._started = self._now()
+
+    def _now(self) -> float:
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        found = [loss, *self.model.parameters(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in found)
 
 
 @dataclass
@@ -50,10 +129,8 @@ class History:
 
     def reach(self, target: float) -> tuple[int, float] | None:
         """Steps and seconds at the first evaluation with a training loss of at most ``target``."""
-        for step, seconds, loss in zip(self.steps, self.seconds, self.train_loss, strict=True):
-            if loss <= target:
-                return step, seconds
-        return None
+        found = zip(self.steps, self.seconds, self.train_loss, strict=True)
+        return next(((step, seconds) for step, seconds, loss in found if loss <= target), None)
 
     def num_spikes(self, factor: float = 2.0) -> int:
         """How many mini-batch losses lie above ``factor`` times the first one."""
@@ -66,100 +143,41 @@ class History:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> History:
         """The run that ``to_dict`` described (numbers that were not finite come back as nan)."""
-        content = dict(content)
-        for key in ("train_loss", "test_loss", "test_error", "batch_loss"):
-            content[key] = [math.nan if value is None else value for value in content[key]]
-        return cls(**content)
+        series = {key: [math.nan if v is None else v for v in value] for key, value in content.items() if isinstance(value, list)}
+        return cls(**{**content, **series})
 
 
-def train(
-    task: Task,
-    factory: OptimizerFactory,
-    seed: int,
-    *,
-    steps: int | None = None,
-    with_test: bool = True,
-    on_evaluation: Callable[[nn.Module, torch.optim.Optimizer, History], None] | None = None,
-) -> History:
+def train(task: Task, factory: OptimizerFactory, seed: int, *, steps: int | None = None, with_test: bool = True) -> History:
     """Trains a fresh model of ``task`` and returns what happened; a divergence is a result, not an error.
 
     Args:
-        task: data, model and loss.
-        factory: makes the optimizer for a model.
+        factory: makes the optimizer for a model and a seed.
         seed: of the weights and of the order of the batches.
         steps: in place of the task's number.
         with_test: also evaluate the test set.
-        on_evaluation: called after each evaluation, its time is not counted.
     """
     num_steps = task.config.steps if steps is None else steps
-    model = task.build_model(seed)
-    model.train()
-    optimizer = factory(model)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    batches = task.batches(seed)
-    history = History()
+    model = task.build_model(seed).train()
+    optimizer, history, losses = factory(model, seed), History(), []
+    schedule = task.config.schedule
+    loop = Loop(model, optimizer, task.batches(seed), task.loss, num_steps, lambda step: schedule.factor(step, num_steps))
     _evaluate(task, model, history, 0, 0.0, with_test)
-    seconds, done = 0.0, 0
-    while done < num_steps and history.diverged_step is None:
-        segment = range(done, min(done + task.config.eval_interval, num_steps))
-        _synchronize(task.device)
-        start = time.perf_counter()
-        losses = _train_segment(task, model, optimizer, batches, base_rates, segment, num_steps, history)
-        _synchronize(task.device)
-        seconds += time.perf_counter() - start
-        done = segment.stop
-        _note_losses(history, segment, losses)
-        _evaluate(task, model, history, done, seconds, with_test)
-        if on_evaluation is not None:
-            on_evaluation(model, optimizer, history)
-    detach = getattr(optimizer, "detach", None)
-    if detach is not None:
-        detach()
-    return history
-
-
-def _train_segment(
-    task: Task,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    base_rates: list[float],
-    segment: range,
-    num_steps: int,
-    history: History,
-) -> list[Tensor]:
-    losses: list[Tensor] = []
-    for step in segment:
-        factor = task.config.schedule.factor(step, num_steps)
-        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = rate * factor
-        inputs, targets = next(batches)
-        optimizer.zero_grad()
-        loss = task.loss(model(inputs), targets)
-        loss.backward()
-        losses.append(loss.detach())
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            # An optimizer that gives up on broken numbers has diverged; any other error is a bug and goes on.
-            if _is_finite(model, losses):
-                raise
-            history.diverged_step, history.message = step, str(error)
+    for done, loss in loop:
+        losses.append(loss)
+        if done % task.config.eval_interval and done < num_steps and loop.broken_step is None:
+            continue
+        with loop.stopped():
+            values = torch.stack(losses).tolist()  # one read of the device for many steps
+            broken = next((done - len(values) + i for i, value in enumerate(values) if not math.isfinite(value)), None)
+            history.batch_loss.extend(values)
+            losses.clear()
+            history.diverged_step = loop.broken_step if loop.broken_step is not None else broken
+            history.message = loop.message
+            _evaluate(task, model, history, done, loop.seconds, with_test)
+        if history.diverged_step is not None:
             break
-    return losses
-
-
-def _is_finite(model: nn.Module, losses: list[Tensor]) -> bool:
-    tensors = [p.detach() for p in model.parameters()] + [p.grad for p in model.parameters() if p.grad is not None]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in [*tensors, *losses])
-
-
-def _note_losses(history: History, segment: range, losses: list[Tensor]) -> None:
-    values = torch.stack(losses).tolist()  # one read of the device per segment
-    history.batch_loss.extend(values)
-    if history.diverged_step is None:
-        broken = (step for step, value in zip(segment, values, strict=False) if not math.isfinite(value))
-        history.diverged_step = next(broken, None)
+    getattr(optimizer, "detach", lambda: None)()
+    return history
 
 
 def _evaluate(task: Task, model: nn.Module, history: History, step: int, seconds: float, with_test: bool) -> None:
@@ -173,8 +191,3 @@ def _evaluate(task: Task, model: nn.Module, history: History, step: int, seconds
         history.test_error.append(test_set.error)
     if history.diverged_step is None and not math.isfinite(train_set.loss):
         history.diverged_step = step
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.config import LOCAL, ConfigError, check_keys, resolved
+from benchmarks.common.config import LOCAL, ConfigError, ExperimentConfig, check_keys, resolved
 from benchmarks.common.optimizers import OPTIMIZERS
 from benchmarks.common.results import fingerprint
-from benchmarks.common.search import SearchRange
+from benchmarks.common.search import SearchRange, check_heartbeat
 from benchmarks.common.tasks import TaskConfig
 
 SEARCHED = ("lr", "lr_decay", "momentum")
@@ -36,9 +36,9 @@ class HistogramConfig:
 
     def __post_init__(self) -> None:
         if self.interval < 1:
-            raise ValueError(f"interval must be >= 1, got {self.interval}")
+            raise ValueError(f"histogram: interval must be >= 1, got {self.interval}")
         if not self.low < self.high or not self.width > 0:
-            raise ValueError(f"need low < high and width > 0, got {self.low}, {self.high}, {self.width}")
+            raise ValueError(f"histogram: need low < high and width > 0, got {self.low}, {self.high}, {self.width}")
 
     @property
     def num_bins(self) -> int:
@@ -70,12 +70,23 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """How it is called in tables and files."""
+        """How it is called in files."""
         return self.optimizer if self.damping is None else f"{self.optimizer}-{self.damping:.0e}"
 
+    @property
+    def label(self) -> str:
+        """``SGD``, or the optimizer's name with the damping."""
+        name = self.optimizer.upper() if len(self.optimizer) <= 5 else self.optimizer.replace("_", " ")
+        return name if self.damping is None else f"{name} γ = {self.damping:.0e}"
 
-@dataclass(frozen=True)
-class SweepConfig:
+
+def _default_search() -> dict[str, SearchRange]:
+    ranges = (SearchRange(1e-4, 100.0, log=True), SearchRange(0.0, 1.0), SearchRange(0.0, 0.99))
+    return dict(zip(SEARCHED, ranges, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(ExperimentConfig):
     """One sweep over damping.
 
     Attributes:
@@ -94,61 +105,41 @@ class SweepConfig:
         workers: processes on this machine; with several GPUs each has its own.
         storage: database URL (sqlite, postgresql, mysql) or a path: ``*.journal`` for a journal file, else SQLite;
             None: an SQLite file below ``out``.
-        keep: folder for the small summary and figures.
-        remarks: lines at the end of the page.
     """
 
-    name: str
     task: TaskConfig
     dampings: list[float] = field(default_factory=lambda: [10.0**power for power in range(-5, 3)])
     optimizers: dict[str, OptimizerSettings] = field(
         default_factory=lambda: {"sgd": OptimizerSettings(), "kfac": OptimizerSettings()}
     )
     without_damping: list[str] = field(default_factory=lambda: ["sgd"])
-    search: dict[str, SearchRange] = field(
-        default_factory=lambda: {
-            "lr": SearchRange(1e-4, 100.0, log=True),
-            "lr_decay": SearchRange(0.0, 1.0),
-            "momentum": SearchRange(0.0, 0.99),
-        }
-    )
+    search: dict[str, SearchRange] = field(default_factory=_default_search)
     num_trials: int = 300
     num_kept: int = 100
     num_startup: int = 20
-    seed: int = 0
     training_seed: int = 0
     divergence_factor: float = 10.0
     read_interval: int = 10
     histogram: HistogramConfig = field(default_factory=HistogramConfig)
     num_spectra: int = 3
-    threads: int = 1
-    device: str = "cpu"
     tensorboard: bool = True
     workers: int = field(default=1, metadata=LOCAL)
     heartbeat_seconds: int = field(default=5, metadata=LOCAL)
     grace_seconds: int = field(default=20, metadata=LOCAL)
     storage: str | None = field(default=None, metadata=LOCAL)
-    data_root: Path = field(default=Path("data"), metadata=LOCAL)
     out: Path = field(default=Path("out/damping_sweep"), metadata=LOCAL)
-    keep: Path | None = field(default=None, metadata=LOCAL)
-    remarks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        counts = ("num_trials", "num_kept", "num_startup", "workers", "threads", "read_interval", "heartbeat_seconds")
-        for key in counts:
+        for key in ("num_trials", "num_kept", "num_startup", "workers", "threads", "read_interval"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be >= 1, got {getattr(self, key)}")
-        if self.grace_seconds <= self.heartbeat_seconds:
-            raise ValueError(
-                f"grace_seconds must be above heartbeat_seconds, got {self.grace_seconds} and {self.heartbeat_seconds}"
-            )
+        check_heartbeat(self.heartbeat_seconds, self.grace_seconds)
         if self.num_kept > self.num_trials:
             raise ValueError(f"num_kept must be at most num_trials ({self.num_trials}), got {self.num_kept}")
         if not 1 < self.divergence_factor < math.inf:
             raise ValueError(f"divergence_factor must be a finite number > 1, got {self.divergence_factor}")
         self._check_grid()
-        for name, settings in self.optimizers.items():
-            check_keys(settings.search, SEARCHED, f"optimizers.{name}.search")
+        check_keys({key: 0 for own in self.optimizers.values() for key in own.search}, SEARCHED, "optimizers.search")
         check_keys(self.search, SEARCHED, "search")
         for key in SEARCHED:
             if key not in self.search:
@@ -182,30 +173,29 @@ class SweepConfig:
         """The optimizer to build for the key ``name`` of ``optimizers``."""
         return self.optimizers[name].kind or name
 
+    @property
+    def damped(self) -> list[str]:
+        """Keys of the optimizers that have a damping."""
+        return [name for name in self.optimizers if name not in self.without_damping]
+
     def settings(self) -> list[Setting]:
         """The lines of the study in the order of the pictures: those without damping first."""
         plain = [Setting(name) for name in self.optimizers if name in self.without_damping]
-        damped = [name for name in self.optimizers if name not in self.without_damping]
-        return plain + [Setting(name, damping) for name in damped for damping in sorted(self.dampings)]
+        return plain + [Setting(name, damping) for name in self.damped for damping in sorted(self.dampings)]
 
     def ranges(self, setting: Setting) -> dict[str, SearchRange]:
         """Search ranges of a setting."""
         return {**self.search, **self.optimizers[setting.optimizer].search}
 
-    @property
-    def folder(self) -> Path:
-        """Where this sweep writes."""
-        return self.out / self.name
+    def shows_histogram(self, damping: float | None) -> bool:
+        """Whether the page shows the gradients at this damping."""
+        return damping is not None and any(math.isclose(damping, shown) for shown in self.histogram.dampings)
 
     def study_name(self, setting: Setting) -> str:
         """Another task, range or seed is another study: old trials must not be taken for new ones.
 
         The number of trials is not part of the name: a larger budget goes on where the smaller one ended.
         """
-        chosen = self.optimizers[setting.optimizer]
-        own = {"fixed": resolved(chosen.fixed), "search": resolved(chosen.search)}
-        identity = [resolved(self.task), own, resolved(self.ranges(setting))]
+        identity = [resolved(self.task), resolved(self.optimizers[setting.optimizer]), resolved(self.ranges(setting))]
         identity += [self.num_startup, self.seed, self.training_seed, self.divergence_factor, self.read_interval]
-        identity += [resolved(self.histogram.interval), self.device]
-        identity += [chosen.kind] if chosen.kind is not None else []
-        return f"{self.name}-{setting.key}-{fingerprint(identity)}"
+        return f"{self.name}-{setting.key}-{fingerprint([*identity, self.histogram.interval, self.device])}"

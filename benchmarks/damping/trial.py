@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.common.optimizers import build_optimizer
 from benchmarks.common.tasks import Task
+from benchmarks.common.train import Loop
 from benchmarks.damping.config import HistogramConfig, Setting, SweepConfig
-from kfac_opt._curvature.linalg import FactorizationError
 
 Observer = Callable[[int, nn.Module, torch.optim.Optimizer], None]
 
@@ -29,10 +29,9 @@ class TrialResult:
         diverged_step: the step at which it broke off, or the last one when it ended above where it started; None in a
             healthy run.
         curve: mini-batch loss before each step, averaged over ``read_interval`` steps.
-        eval_steps, train_loss: evaluations on the fixed part of the training set.
         test_loss, test_error: at the end, None when it broke off.
         histograms: per step, per layer: ``[first bin, zeros, counts…]`` (:func:`squared_gradient_histogram`).
-        seconds: of the whole trial; ``compute_seconds`` of forward, backward and step; ``evaluation_seconds``.
+        seconds: of the whole trial; ``compute_seconds`` of forward, backward and step.
         message: what the optimizer said when it gave up.
     """
 
@@ -40,14 +39,11 @@ class TrialResult:
     initial_loss: float = math.nan
     diverged_step: int | None = None
     curve: list[float] = field(default_factory=list)
-    eval_steps: list[int] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
     test_loss: float | None = None
     test_error: float | None = None
     histograms: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     seconds: float = 0.0
     compute_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
     num_steps: int = 0
     message: str = ""
 
@@ -58,13 +54,7 @@ class TrialResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data of a few kilobytes for the storage: five digits, no value that JSON has no word for."""
-        content = dict(self.__dict__)
-        for key, value in content.items():
-            if isinstance(value, float):
-                content[key] = _short(value)
-            elif isinstance(value, list):
-                content[key] = [_short(item) if isinstance(item, float) else item for item in value]
-        return content
+        return {key: _short(value) for key, value in self.__dict__.items()}
 
 
 def train_trial(
@@ -81,136 +71,43 @@ def train_trial(
         observe: called after each step at which a histogram is taken; its time counts as evaluation.
     """
     start = time.perf_counter()
-    model = task.build_model(seed)
-    model.train()
-    fixed = config.optimizers[setting.optimizer].fixed
-    chosen = {**fixed, "lr": values["lr"], "momentum": values["momentum"]}
-    if setting.damping is not None:
-        chosen["damping"] = setting.damping
+    model, result, losses = task.build_model(seed).train(), TrialResult(), []
+    num_steps, decay = task.config.steps, values["lr_decay"] / task.config.steps
+    chosen = {**config.optimizers[setting.optimizer].fixed, "lr": values["lr"], "momentum": values["momentum"]}
+    chosen |= {} if setting.damping is None else {"damping": setting.damping}
     optimizer = build_optimizer(config.kind(setting.optimizer), model, chosen, task.config.likelihood, seed)
-    run = _Run(config, task, model, optimizer, values, TrialResult(), observe)
-    run.evaluate(0)
-    run.result.initial_loss = run.result.train_loss[0]
-    run.train(seed)
-    run.finish()
-    detach = getattr(optimizer, "detach", None)
-    if detach is not None:
-        detach()
-    run.result.seconds = time.perf_counter() - start
-    return run.result
-
-
-class _Run:
-    """The loop and its notes."""
-
-    def __init__(
-        self,
-        config: SweepConfig,
-        task: Task,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        values: dict[str, float],
-        result: TrialResult,
-        observe: Observer | None,
-    ) -> None:
-        self.config, self.task, self.model, self.optimizer = config, task, model, optimizer
-        self.values, self.result, self.observe = values, result, observe
-        self.losses: list[Tensor] = []
-
-    def train(self, seed: int) -> None:
-        """All steps, or as many as a broken run gets to."""
-        config, num_steps = self.config, self.task.config.steps
-        batches = self.task.batches(seed)
-        for step in range(num_steps):
-            inputs, targets = next(batches)
-            started = time.perf_counter()
-            self._set_rate(step, num_steps)
-            try:
-                self.optimizer.zero_grad()
-                loss = self.task.loss(self.model(inputs), targets)
-                loss.backward()
-                self.losses.append(loss.detach())
-                self.optimizer.step()
-            except FactorizationError as error:
-                self._break_off(step, str(error))
-            except RuntimeError as error:
-                # An optimizer that stumbles over broken numbers has diverged; any other error is a bug and goes on.
-                if self._is_finite():
-                    raise
-                self._break_off(step, str(error))
-            done = step + 1
-            self.result.num_steps = done
-            if done % config.read_interval == 0 or done == num_steps:
-                self._read(done)
-            self.result.compute_seconds += time.perf_counter() - started
-            if self.result.diverged:
-                return
-            if done % config.histogram.interval == 0:
-                self._note_gradients(done)
-            if done % self.task.config.eval_interval == 0 and done < num_steps:
-                self.evaluate(done)
-
-    def _set_rate(self, step: int, num_steps: int) -> None:
-        factor = 1.0 - self.values["lr_decay"] * step / num_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.values["lr"] * factor
-
-    def _read(self, done: int) -> None:
-        """One read of the device for several steps."""
-        mean = float(torch.stack(self.losses).mean())
-        self.losses = []
-        self.result.curve.append(mean)
-        if not mean <= self.config.divergence_factor * self.result.initial_loss:
-            self._break_off(done, "")
-
-    def _break_off(self, step: int, message: str) -> None:
-        self.result.diverged_step, self.result.message = step, message[:200]
-
-    def _is_finite(self) -> bool:
-        tensors = [p.detach() for p in self.model.parameters()]
-        tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in [*tensors, *self.losses])
-
-    def _note_gradients(self, done: int) -> None:
-        started = time.perf_counter()
-        self.result.histograms[str(done)] = {
-            name: squared_gradient_histogram(gradients, self.config.histogram)
-            for name, gradients in layer_gradients(self.model).items()
-        }
-        if self.observe is not None:
-            self.observe(done, self.model, self.optimizer)
-        self.result.evaluation_seconds += time.perf_counter() - started
-
-    def evaluate(self, done: int) -> None:
-        """Training loss on the fixed part of the training set."""
-        started = time.perf_counter()
-        self.result.eval_steps.append(done)
-        self.result.train_loss.append(self.task.evaluate(self.model, "train").loss)
-        self.result.evaluation_seconds += time.perf_counter() - started
-
-    def finish(self) -> None:
-        """The final losses of a run that got to the end."""
-        result = self.result
+    result.initial_loss = task.evaluate(model, "train").loss
+    loop = Loop(model, optimizer, task.batches(seed), task.loss, num_steps, lambda step: 1.0 - decay * step)
+    for done, loss in loop:
+        losses.append(loss)
+        result.num_steps, result.diverged_step, result.message = done, loop.broken_step, loop.message
+        if done % config.read_interval == 0 or done == num_steps:
+            result.curve.append(float(torch.stack(losses).mean()))  # one read of the device for several steps
+            losses.clear()
+            if not result.curve[-1] <= config.divergence_factor * result.initial_loss:
+                result.diverged_step = done
         if result.diverged:
-            return
-        self.evaluate(result.num_steps)
-        started = time.perf_counter()
-        test = self.task.evaluate(self.model, "test")
-        result.evaluation_seconds += time.perf_counter() - started
-        result.final_loss = result.train_loss[-1]
-        result.test_loss, result.test_error = test.loss, test.error
+            break
+        if done % config.histogram.interval == 0:
+            with loop.stopped():
+                layers = layer_gradients(model).items()
+                result.histograms[str(done)] = {name: squared_gradient_histogram(g, config.histogram) for name, g in layers}
+                if observe is not None:
+                    observe(done, model, optimizer)
+    else:
+        test = task.evaluate(model, "test")
+        result.final_loss, result.test_loss, result.test_error = task.evaluate(model, "train").loss, test.loss, test.error
         if not result.final_loss <= result.initial_loss:
-            result.diverged_step = result.num_steps
+            result.diverged_step = num_steps
+    getattr(optimizer, "detach", lambda: None)()
+    result.compute_seconds, result.seconds = loop.seconds, time.perf_counter() - start
+    return result
 
 
 def layer_gradients(model: nn.Module) -> dict[str, list[Tensor]]:
     """Gradients of each layer's own parameters, by the layer's name."""
-    found: dict[str, list[Tensor]] = {}
-    for name, module in model.named_modules():
-        gradients = [p.grad for p in module.parameters(recurse=False) if p.grad is not None]
-        if gradients:
-            found[name] = gradients
-    return found
+    found = {name: [p.grad for p in m.parameters(recurse=False) if p.grad is not None] for name, m in model.named_modules()}
+    return {name: gradients for name, gradients in found.items() if gradients}
 
 
 def squared_gradient_histogram(gradients: list[Tensor], config: HistogramConfig) -> list[int]:
@@ -232,5 +129,9 @@ def squared_gradient_histogram(gradients: list[Tensor], config: HistogramConfig)
     return [first, zeros, *counts[first : last + 1].tolist()]
 
 
-def _short(value: float) -> float | None:
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.common.config import LOCAL, ConfigError
+from benchmarks.common.config import LOCAL, ConfigError, ExperimentConfig
 from benchmarks.common.data import DataConfig
 from benchmarks.common.search import SearchConfig, SearchRange
 
@@ -86,8 +86,8 @@ class MethodConfig:
         return self.members * max(1, self.num_samples)
 
 
-@dataclass(frozen=True)
-class VIConfig:
+@dataclass(frozen=True, kw_only=True)
+class VIConfig(ExperimentConfig):
     """One experiment.
 
     Attributes:
@@ -102,10 +102,8 @@ class VIConfig:
         search: budget of the search, the same for every method that has ranges; None: no search.
         num_validation: training examples set aside for the search, beyond ``data.num_train``.
         num_seeds: runs, with seeds ``seed, seed + 1, …``.
-        out: folder of everything; ``keep``: folder for the small summary.
     """
 
-    name: str
     data: DataConfig
     model: dict[str, Any]
     methods: dict[str, MethodConfig]
@@ -120,12 +118,7 @@ class VIConfig:
     search: SearchConfig | None = None
     num_validation: int = 0
     num_seeds: int = 3
-    seed: int = 0
-    threads: int = 1
-    device: str = "cpu"
-    data_root: Path = field(default=Path("data"), metadata=LOCAL)
     out: Path = field(default=Path("out/kfac_vi"), metadata=LOCAL)
-    keep: Path | None = field(default=None, metadata=LOCAL)
     only: list[str] = field(default_factory=list, metadata=LOCAL)
 
     def __post_init__(self) -> None:

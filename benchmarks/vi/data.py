@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.common.config import ConfigError
 from benchmarks.common.data import Dataset, load_data
 from benchmarks.vi.config import VIConfig
 
@@ -28,8 +29,8 @@ def load_for_search(config: VIConfig) -> Dataset:
     end = number + config.num_validation
     together = load_data(dataclasses.replace(config.data, num_train=end), config.data_root)
     if len(together.train_inputs) < end or number < 1:
-        raise ValueError(
-            f"num_validation={config.num_validation} beside {number} training examples is more than the data set has."
+        raise ConfigError(
+            f"key 'num_validation': {config.num_validation} beside {number} training examples is more than the data set has."
         )
     inputs, targets = together.train_inputs, together.train_targets
     return Dataset(together.name, inputs[:number], targets[:number], inputs[number:], targets[number:], together.num_classes).to(

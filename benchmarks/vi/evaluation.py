@@ -11,7 +11,7 @@ from benchmarks.common.data import Dataset
 from benchmarks.vi.config import VIConfig
 from benchmarks.vi.data import load_unfamiliar, rotated, shuffled
 from benchmarks.vi.methods import Trained
-from kfac_opt import metrics
+from kfac_opt.bayes import metrics
 from kfac_opt.bayes.prediction import Prediction
 
 TINY = 1e-12

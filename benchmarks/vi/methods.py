@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.common.config import ConfigError
+from benchmarks.common.config import ConfigError, resolved
 from benchmarks.common.data import Dataset
 from benchmarks.common.models import build_model
-from benchmarks.vi.config import MethodConfig, RateSchedule
-from benchmarks.vi.members import LAPLACE_PRIOR, MemberStore, load_member, save_member
+from benchmarks.common.results import fingerprint
+from benchmarks.common.tasks import evaluate
+from benchmarks.common.train import Loop
+from benchmarks.vi.config import MethodConfig, VIConfig
 from kfac_opt import KFAC, KFACVI, Posterior
 from kfac_opt.bayes.batchnorm import update_bn
 from kfac_opt.bayes.laplace import fit_laplace
@@ -28,18 +32,10 @@ from kfac_opt.likelihoods import Categorical
 EVAL_BATCH = 256
 
 
-@dataclass(frozen=True)
-class Training:
-    """How long and in what steps; the same for all methods of an experiment."""
-
-    model: dict[str, Any]
-    num_steps: int
-    epoch_steps: int
-    batch_size: int
-    schedule: RateSchedule
-    evaluations: int
-    eval_examples: int | None
-    device: str = "cpu"
+LAPLACE_PRIOR = "laplace_prior"
+"""Among the settings: prior precision of a Laplace posterior."""
+_AFTER_THE_TRAINING = ("members", "laplace", "search", "start", "settings")
+_OF_THE_TRAINING = ("data", "model", "epochs", "batch_size", "schedule", "evaluations", "eval_examples", "device")
 
 
 @dataclass
@@ -133,16 +129,15 @@ def is_installed(method: MethodConfig) -> bool:
 
 
 def train_method(
-    method: MethodConfig,
-    settings: dict[str, Any],
-    data: Dataset,
-    training: Training,
-    seed: int,
-    store: MemberStore | None = None,
+    method: MethodConfig, settings: dict[str, Any], data: Dataset, config: VIConfig, seed: int, folder: Path | None = None
 ) -> Trained:
-    """Trains the net, or all members, and fits what comes after the training; nets found in ``store`` are not trained again."""
+    """Trains the net, or all members, and fits what comes after the training.
+
+    Args:
+        folder: of trained nets: each is trained once, also when several ensembles and seeds share it.
+    """
     seeds = [seed + 1000 * number for number in range(method.members)]
-    members = [_member(method, settings, data, training, one, store) for one in seeds]
+    members = [_member(method, settings, data, config, one, folder) for one in seeds]
     first = members[0]
     trained = Trained(
         method,
@@ -164,105 +159,90 @@ def train_method(
 
 
 def _member(
-    method: MethodConfig, settings: dict[str, Any], data: Dataset, training: Training, seed: int, store: MemberStore | None
+    method: MethodConfig, settings: dict[str, Any], data: Dataset, config: VIConfig, seed: int, folder: Path | None
 ) -> Trained:
-    """One net, from the store if it is there."""
-    if store is None or method.kind == "ivon":  # IVON draws from the state of its optimizer
-        return _train_one(method, settings, data, training, seed)
-    path = store.path(method, settings, seed)
+    """One net, from its file if it is there: ensembles of any size share it, and posteriors fitted afterwards."""
+    if folder is None or method.kind == "ivon":  # IVON draws from the state of its optimizer
+        return _train_one(method, settings, data, config, seed)
+    own = {key: value for key, value in asdict(method).items() if key not in _AFTER_THE_TRAINING}
+    used = {key: value for key, value in settings.items() if key != LAPLACE_PRIOR}
+    shared = [len(data.train_inputs), *(resolved(getattr(config, key)) for key in _OF_THE_TRAINING)]
+    path = folder / f"{method.kind}-{seed}-{fingerprint([own, used, shared, seed])}.pt"
     if path.is_file():
-        model = with_dropout(build_model(training.model, seed), method.dropout).to(training.device).eval()
-        posterior, facts = load_member(path, model, training.device)
-        curve = Curve(**facts.pop("curve"))
-        return Trained(method, [model], [posterior] if posterior is not None else [], curve=curve, **facts)
-    trained = _train_one(method, settings, data, training, seed)
+        state = torch.load(path, map_location=config.device, weights_only=True)
+        model = with_dropout(build_model(config.model, seed), method.dropout).to(config.device).eval()
+        model.load_state_dict(state["model"])
+        posteriors = [Posterior.from_state_dict(found) for found in state["posteriors"]]
+        return Trained(method, [model], posteriors, **{**state["facts"], "curve": Curve(**state["facts"]["curve"])})
+    trained = _train_one(method, settings, data, config, seed)
     facts = {name: getattr(trained, name) for name in ("seconds", "diverged", "dropped_samples")}
-    posterior = trained.posteriors[0] if trained.posteriors else None
-    save_member(path, trained.models[0], posterior, {**facts, "curve": asdict(trained.curve)})
+    state = {"model": trained.models[0].state_dict(), "posteriors": [q.state_dict() for q in trained.posteriors]}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    torch.save({**state, "facts": {**facts, "curve": asdict(trained.curve)}}, part)
+    os.replace(part, path)
     return trained
 
 
-def _train_one(method: MethodConfig, settings: dict[str, Any], data: Dataset, training: Training, seed: int) -> Trained:
-    model = with_dropout(build_model(training.model, seed), method.dropout).to(training.device)
-    model.train()
-    optimizer = build(method, settings, model, len(data.train_inputs), seed)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    schedule = method.schedule or training.schedule
-    trained = Trained(method, [model])
-    batches = data.batches(training.batch_size, seed)
-    marks = {round((k + 1) * training.num_steps / training.evaluations) for k in range(training.evaluations)}
-    losses: list[Tensor] = []
-    with torch.random.fork_rng(devices=[training.device] if training.device.startswith("cuda") else []):
+def _train_one(method: MethodConfig, settings: dict[str, Any], data: Dataset, config: VIConfig, seed: int) -> Trained:
+    model = with_dropout(build_model(config.model, seed), method.dropout).to(config.device).train()
+    optimizer: Any = build(method, settings, model, len(data.train_inputs), seed)
+    trained, losses, schedule = Trained(method, [model]), [], method.schedule or config.schedule
+    epoch_steps = max(1, len(data.train_inputs) // config.batch_size)
+    num_steps = max(1, round(config.epochs * epoch_steps))
+    marks = {round((k + 1) * num_steps / config.evaluations) for k in range(config.evaluations)}
+
+    def backward(x: Tensor, y: Tensor) -> Tensor:
+        """One pass, or one with each weight sample; returns the mean loss over samples."""
+        found = []
+        for _ in _draws(method, optimizer):
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            found.append(loss.detach())
+        return torch.stack(found).mean()
+
+    loop = Loop(
+        model, optimizer, data.batches(config.batch_size, seed), functional.cross_entropy, num_steps,
+        lambda step: schedule.factor(step, num_steps, epoch_steps), backward,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[config.device] if config.device.startswith("cuda") else []):
         torch.manual_seed(seed)  # dropout and IVON draw from the global generator
-        start = time.perf_counter()
-        for step in range(training.num_steps):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule.factor(step, training.num_steps, training.epoch_steps)
-            losses.append(_step(method, optimizer, model, *next(batches)))
-            if step + 1 in marks:
-                trained.seconds += time.perf_counter() - start
-                _note(trained.curve, model, data, training, step + 1)
-                start = time.perf_counter()
-        trained.seconds += time.perf_counter() - start
-    return _finished(trained, optimizer, data, losses)
+        for done, loss in loop:
+            losses.append(loss)
+            if done in marks:
+                with loop.stopped():
+                    _note(trained.curve, model, data, config.eval_examples, done / epoch_steps)
+    trained.seconds = loop.seconds
+    last = float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean())
+    learnt_nothing = last > 0.95 * math.log(data.num_classes)
+    trained.diverged = loop.broken_step is not None or not math.isfinite(last) or learnt_nothing or not trained.is_finite
+    model.eval()
+    if method.kind == "kfac_vi" and trained.is_finite:
+        trained.posteriors, trained.dropped_samples = [optimizer.posterior()], optimizer.dropped_samples
+        # The running statistics followed the drawn weights.
+        update_bn(model, data.train_inputs[:10_000].split(EVAL_BATCH), posterior=trained.posteriors[0])
+    getattr(optimizer, "detach", lambda: None)()
+    trained.sampler = optimizer.sampled_params if method.kind == "ivon" else None
+    return trained
 
 
-def _step(method: MethodConfig, optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """One training step; returns the mini-batch loss (the mean over samples), detached."""
-
-    def backward() -> Tensor:
-        loss = functional.cross_entropy(model(x), y)
-        loss.backward()
-        return loss.detach()
-
-    optimizer.zero_grad()
+def _draws(method: MethodConfig, optimizer: Any) -> Iterator[None]:
+    """Once for every pass of a step, with the weights that it should see."""
     if method.kind == "kfac_vi" and method.num_samples:
-        losses = []
-        for _ in optimizer.weight_samples(method.num_samples):
-            losses.append(backward())
-        loss = torch.stack(losses).mean()
+        yield from (None for _ in optimizer.weight_samples(method.num_samples))
     elif method.kind == "ivon":
-        losses = []
         for _ in range(method.num_samples):
             with optimizer.sampled_params(train=True):
                 optimizer.zero_grad()
-                losses.append(backward())
-        loss = torch.stack(losses).mean()
+                yield
     else:
-        loss = backward()
-    optimizer.step()
-    return loss
+        yield
 
 
-def _finished(trained: Trained, optimizer: Any, data: Dataset, losses: list[Tensor]) -> Trained:
-    model = trained.models[0].eval()
-    last = torch.stack(losses[-max(1, len(losses) // 10) :]).mean()
-    learnt_nothing = float(last) > 0.95 * math.log(data.num_classes)
-    trained.diverged = not math.isfinite(last) or learnt_nothing or not trained.is_finite
-    if isinstance(optimizer, KFACVI) and trained.is_finite:
-        trained.posteriors = [optimizer.posterior()]
-        trained.dropped_samples = optimizer.dropped_samples
-        # The running statistics followed the drawn weights.
-        update_bn(model, data.train_inputs[:10_000].split(EVAL_BATCH), posterior=trained.posteriors[0])
-    if isinstance(optimizer, KFAC | KFACVI):
-        optimizer.detach()
-    if trained.method.kind == "ivon":
-        trained.sampler = optimizer.sampled_params
-    return trained
-
-
-@torch.no_grad()
-def _note(curve: Curve, model: nn.Module, data: Dataset, training: Training, step: int) -> None:
-    curve.epochs.append(step / training.epoch_steps)
-    model.eval()
-    for values, inputs, targets in (
-        (curve.train_accuracy, data.train_inputs, data.train_targets),
-        (curve.test_accuracy, data.test_inputs, data.test_targets),
-    ):
-        number = len(inputs) if training.eval_examples is None else training.eval_examples
-        logits = torch.cat([model(x) for x in inputs[:number].split(EVAL_BATCH)])
-        values.append(float((logits.argmax(-1) == targets[:number]).double().mean()))
-    model.train()
+def _note(curve: Curve, model: nn.Module, data: Dataset, number: int | None, epochs: float) -> None:
+    curve.epochs.append(epochs)
+    curve.train_accuracy.append(1 - evaluate(model, data.train_inputs[:number], data.train_targets[:number]).error)
+    curve.test_accuracy.append(1 - evaluate(model, data.test_inputs[:number], data.test_targets[:number]).error)
 
 
 def build(method: MethodConfig, settings: dict[str, Any], model: nn.Module, num_data: int, seed: int) -> torch.optim.Optimizer:

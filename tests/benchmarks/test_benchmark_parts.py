@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -21,8 +20,9 @@ from benchmarks.common.figures import Curve, line_figure, spread
 from benchmarks.common.memory import peak_bytes
 from benchmarks.common.models import build_model
 from benchmarks.common.optimizers import build_optimizer, hidden_matrices, muon_applies, state_bytes
-from benchmarks.common.page import Figure, Section, Table, write_page
-from benchmarks.common.search import OWNER, OptimizerConfig, SearchConfig, SearchRange, owner_mark, search
+from benchmarks.common.report import Finding, Report, Table, findings_table, verdict, write_page
+from benchmarks.common.search import OptimizerConfig, SearchConfig, SearchRange, search
+from benchmarks.common.statistics import mean_and_error, median, text
 from benchmarks.common.tasks import ScheduleConfig
 from benchmarks.common.timing import Timed, cycle_ratio, interleave, percentile
 
@@ -214,39 +214,18 @@ def test_a_trial_cut_off_by_a_kill_is_run_again_with_its_values(tmp_path: Path):
     assert [t["params"] for t in resumed.trials] == [t["params"] for t in straight.trials]
 
 
-def test_processes_that_share_a_search_leave_each_others_trials_alone(tmp_path: Path):
-    """A trial of a live process counts and is waited for; when the process dies its values are run again."""
+def test_the_trial_of_a_dead_worker_is_run_again_with_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Optuna's heartbeat alone says who is dead, also of those that died before their first one."""
     storage, optimizer = tmp_path / "a.sqlite3", OptimizerConfig(search={"lr": LR})
     search("a", optimizer, SearchConfig(1), bowl, storage=storage, worst=100.0)
     study = optuna.load_study(study_name="a", storage=f"sqlite:///{storage}")
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        foreign = study.ask()
-        foreign.set_user_attr(OWNER, owner_mark(other.pid))
-        lr = foreign.suggest_float("lr", LR.low, LR.high, log=True)
-        seen = []
-
-        def when_done() -> None:
-            seen.append(study.get_trials()[foreign.number].state)
-            other.kill()
-            other.wait()
-
-        found = search("a", optimizer, SearchConfig(3), bowl, storage=storage, worst=100.0, on_trial=when_done)
-    finally:
-        other.kill()
-        other.wait()
-    assert seen == [optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.FAIL]
+    dead = study.ask()
+    lr = dead.suggest_float("lr", LR.low, LR.high, log=True)
+    monkeypatch.setattr("benchmarks.common.search._age", lambda trial: math.inf if trial.number == dead.number else 0.0)
+    found = search("a", optimizer, SearchConfig(3), bowl, storage=storage, worst=100.0)
+    assert study.get_trials()[dead.number].state == optuna.trial.TrialState.FAIL
+    assert [trial["params"] for trial in found.trials][1] == {"lr": lr}
     assert len(found.trials) == 3
-    assert found.trials[-1]["params"] == {"lr": lr}
-
-
-def test_trials_of_other_machines_are_left_alone(tmp_path: Path):
-    storage, optimizer = tmp_path / "a.sqlite3", OptimizerConfig(search={"lr": LR})
-    study = optuna.create_study(study_name="a", storage=f"sqlite:///{storage}")
-    foreign = study.ask()
-    foreign.set_user_attr(OWNER, "elsewhere 1 0.00")
-    assert len(search("a", optimizer, SearchConfig(1), bowl, storage=storage, worst=100.0).trials) == 1
-    assert study.get_trials()[foreign.number].state == optuna.trial.TrialState.RUNNING
 
 
 def test_diverged_trials_are_results(tmp_path: Path):
@@ -279,6 +258,15 @@ def test_a_log_survives_a_line_that_was_cut_off(tmp_path: Path):
     assert list(results.read_json_lines(tmp_path / "none.jsonl")) == []
 
 
+def test_a_run_of_the_log_is_not_made_again(tmp_path: Path):
+    log = results.RunLog(tmp_path / "runs.jsonl")
+    assert log.get({"lr": 0.1}, lambda: {"loss": math.inf}, seed=3) == {"loss": None}
+    again = results.RunLog(tmp_path / "runs.jsonl")
+    assert again.get({"lr": 0.1}, lambda: pytest.fail("made again")) == {"loss": None}
+    assert again.get({"lr": 0.2}, lambda: {"loss": 1.0}) == {"loss": 1.0}
+    assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[0])["seed"] == 3
+
+
 def test_results_carry_versions_and_machine_but_no_names_of_it():
     description = results.provenance({"a": 1}, seed=3)
     assert description["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -293,15 +281,41 @@ def test_the_band_of_a_curve_goes_from_the_lowest_to_the_highest_run():
     assert curve.high == [5.0, 4.5, 4.0]
 
 
-def test_a_page_is_one_file_that_loads_nothing(tmp_path: Path):
-    png = line_figure([Curve("a", [0, 1], [1.0, 0.1])], x_label="step", y_label="loss in nats")
-    assert png.startswith(b"\x89PNG")
-    table = Table("caption", ("name", "value"), [["<b>", "1"]])
-    page = write_page(tmp_path / "index.html", "Title", [Section("One", ["text"], [table], [Figure(png, "below")])])
+def test_a_page_escapes_its_text_describes_its_figures_and_opens_them_large(tmp_path: Path):
+    figure = line_figure("below", [Curve("first run", [0, 1], [1.0, 0.1])], x_label="step", y_label="loss in nats")
+    assert figure.png.startswith(b"\x89PNG")
+    table = Table.of("caption <c>", [{"name": "<b>", "value": 1.23456, "seeds": [1.0, 3.0], "none": None}])
+    page = write_page(tmp_path, "Title", [Report("One", ["text"], [table], {"loss": figure}, place="one/")])
     content = page.read_text()
     assert "http" not in content
     assert "&lt;b&gt;" in content
+    assert "caption &lt;c&gt;" in content
+    assert all(f"<td>{cell}</td>" in content for cell in ("1.23", "2 ± 1", "—"))
     assert content.count("data:image/png;base64,") == 1
+    assert 'alt="Figure. loss in nats against step: first run"' in content
+    assert '<a href="one/loss.png"' in content
+    assert (tmp_path / "one" / "loss.png").read_bytes() == figure.png
+
+
+def test_numbers_in_tables():
+    assert [text(value) for value in (0.12345, 7, "x", None, math.nan, math.inf, [2.0])] == [
+        *("0.123", "7", "x", "—", "—", "—", "2"),
+    ]
+
+
+def test_medians_over_seeds_count_a_miss_as_never():
+    assert median([10, None, 20]) == 20
+    assert median([10, None, None]) == math.inf
+    assert median([10, math.nan]) == math.inf
+    assert median([10, 30]) == 20
+    assert mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+
+
+def test_findings_are_data():
+    found = Finding("it falls", "the last below the first", {"first": 2.0, "last": 0.5}, verdict(0.5 < 2.0))
+    (row,) = findings_table("A study", [found]).frame.to_dict("records")
+    assert row == {"the study": "it falls", "here": "yes", "rule": "the last below the first", "in numbers": "first 2; last 0.5"}
+    assert [verdict(value) for value in (True, False, 1.0, 0.0, 0.5, None)] == ["yes", "no", "yes", "no", "in part", "not shown"]
 
 
 def test_step_times_are_taken_in_turn_and_expensive_steps_count_with_their_share():

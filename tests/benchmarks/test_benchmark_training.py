@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.common.data import DataConfig
 from benchmarks.common.tasks import ScheduleConfig, Task, TaskConfig
-from benchmarks.common.train import History, train
+from benchmarks.common.train import History, Loop, train
 
 CONFIG = TaskConfig(
     DataConfig("digits", num_train=256, num_test=64, flatten=True),
@@ -29,7 +29,7 @@ def task() -> Task:
 
 
 def sgd(lr: float):
-    return lambda model: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return lambda model, seed: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
 def test_training_lowers_the_loss_and_notes_every_evaluation(task: Task):
@@ -75,14 +75,13 @@ class GivesUp(torch.optim.SGD):
 
 def test_an_optimizer_that_gives_up_on_broken_numbers_has_diverged(task: Task, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(task, "loss", lambda outputs, targets: (outputs * math.inf).sum())
-    monkeypatch.setattr(task, "evaluate", Task(CONFIG).evaluate)
-    history = train(task, lambda model: GivesUp(model.parameters(), lr=0.1), seed=0)
+    history = train(task, lambda model, seed: GivesUp(model.parameters(), lr=0.1), seed=0)
     assert (history.diverged_step, history.message) == (0, "cannot factorise")
 
 
 def test_an_error_with_healthy_numbers_is_not_swallowed(task: Task):
     with pytest.raises(RuntimeError, match="cannot factorise"):
-        train(task, lambda model: GivesUp(model.parameters(), lr=0.1), seed=0)
+        train(task, lambda model, seed: GivesUp(model.parameters(), lr=0.1), seed=0)
 
 
 def test_the_schedule_reaches_every_group(monkeypatch: pytest.MonkeyPatch):
@@ -93,7 +92,7 @@ def test_the_schedule_reaches_every_group(monkeypatch: pytest.MonkeyPatch):
             seen.append([group["lr"] for group in self.param_groups])
             return super().step(closure)
 
-    def build(model: nn.Module) -> torch.optim.Optimizer:
+    def build(model: nn.Module, seed: int) -> torch.optim.Optimizer:
         first, *rest = model.parameters()
         return Watched([{"params": [first], "lr": 1.0}, {"params": rest, "lr": 0.1}], lr=1.0)
 
@@ -101,6 +100,25 @@ def test_the_schedule_reaches_every_group(monkeypatch: pytest.MonkeyPatch):
     train(Task(config), build, seed=0)
     assert [rates[0] for rates in seen] == pytest.approx([1.0, 0.75, 0.5, 0.25])
     assert [rates[1] for rates in seen] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_what_is_done_while_the_clock_is_stopped_does_not_count(task: Task, monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.common.train.time.perf_counter", lambda: now[0])
+
+    class Slow(torch.optim.SGD):
+        def step(self, closure=None):
+            now[0] += 1.0
+
+    model = task.build_model(0)
+    loop = Loop(model, Slow(model.parameters(), lr=0.1), task.batches(0), task.loss, 5)
+    for done, _ in loop:
+        if done % 2 == 0:
+            with loop.stopped():
+                now[0] += 100.0
+        if done == 3:
+            break
+    assert loop.seconds == 3.0
 
 
 def test_reach_is_the_first_evaluation_at_or_below_the_target():

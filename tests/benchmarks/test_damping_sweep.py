@@ -27,20 +27,19 @@ import torch
 from optuna.trial import TrialState
 
 from benchmarks import damping_sweep
+from benchmarks.common import search as search_module
 from benchmarks.common import storage
 from benchmarks.common.command import WorkerError
 from benchmarks.common.config import ConfigError, load_config
-from benchmarks.common.search import SearchRange
+from benchmarks.common.search import SearchRange, place_of
 from benchmarks.common.storage import retry_callback
 from benchmarks.common.tasks import Task
-from benchmarks.damping import study as study_module
-from benchmarks.damping import workers as workers_module
+from benchmarks.damping import sweep as sweep_module
 from benchmarks.damping.config import HistogramConfig, OptimizerSettings, Setting, SweepConfig
-from benchmarks.damping.results import COLUMNS, keep_best, load_rows, measure_speed, summarize
+from benchmarks.damping.report import COLUMNS, keep_best, load_trials, make_report, summarize
 from benchmarks.damping.spectra import factored_extremes
-from benchmarks.damping.study import RESULT, open_storage, open_studies, place_of, work
+from benchmarks.damping.sweep import RESULT, open_searches, run_sweep, work_on
 from benchmarks.damping.trial import squared_gradient_histogram, train_trial
-from benchmarks.damping.workers import run_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -75,17 +74,17 @@ def tiny(tmp_path: Path, **changes) -> SweepConfig:
 
 
 def trials_of(config: SweepConfig) -> dict[str, list[optuna.trial.FrozenTrial]]:
-    return {study.setting.key: study.study.get_trials(deepcopy=False) for study in open_studies(config)}
+    return {setting.key: search.trials() for setting, search in open_searches(config).items()}
 
 
 def outcome(config: SweepConfig) -> dict[str, list[tuple]]:
     """Values, parameters and training seeds of the finished trials, in the order of the search."""
     return {
-        study.setting.key: sorted(
-            (place_of(study.study, t.number), t.value, sorted(t.params.items()), t.user_attrs[RESULT]["training_seed"])
-            for t in study.finished()
+        setting.key: sorted(
+            (place_of(search.study, t.number), t.value, sorted(t.params.items()), t.user_attrs[RESULT]["training_seed"])
+            for t in search.finished()
         )
-        for study in open_studies(config)
+        for setting, search in open_searches(config).items()
     }
 
 
@@ -97,8 +96,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepConfig, Pat
     folder = tmp_path_factory.mktemp("sweep")
     path = folder / "tiny.json"  # JSON is YAML
     path.write_text(json.dumps(TINY))
-    page = damping_sweep.main(["--config", str(path), "--out", str(folder), "--keep", str(folder / "kept")])
-    return tiny(folder), page
+    damping_sweep.main(["--config", str(path), "--out", str(folder), "--keep", str(folder / "kept")])
+    return tiny(folder), folder / "tiny" / "index.html"
 
 
 def test_a_sweep_writes_page_pictures_table_summary_and_tensorboard(finished):
@@ -112,7 +111,7 @@ def test_a_sweep_writes_page_pictures_table_summary_and_tensorboard(finished):
         table = list(csv.DictReader(file))
     assert len(table) == 3 * 4
     assert tuple(table[0]) == COLUMNS
-    summary = json.loads((folder.parent / "kept" / "summary.json").read_text())
+    summary = json.loads((folder.parent / "kept" / "tiny.json").read_text())
     assert summary["config"]["num_trials"] == 4
     assert "torch" in summary["versions"]
     assert str(folder) not in json.dumps(summary), "paths of the machine were stored with the results"
@@ -121,30 +120,29 @@ def test_a_sweep_writes_page_pictures_table_summary_and_tensorboard(finished):
 def test_a_finished_sweep_runs_nothing_again(finished):
     config, _ = finished
     before = {key: [t.number for t in trials] for key, trials in trials_of(config).items()}
-    assert run_sweep(config).trials == 0
+    assert run_sweep(config) == 0
     assert {key: [t.number for t in trials] for key, trials in trials_of(config).items()} == before
     assert all(len(numbers) == 4 for numbers in before.values())
 
 
 def test_the_summary_averages_the_kept_trials(finished):
     config, _ = finished
-    rows = load_rows(config)
-    for summary in summarize(config, rows):
-        kept = keep_best(config, rows[summary.setting])
-        assert summary.num_kept == len(kept) == 2
-        losses = sorted(row.final_loss for row in rows[summary.setting] if not row.diverged)
-        assert summary.final_losses == losses[:2]
-        mean = sum(row.result["curve"][0] for row in kept) / 2
-        assert summary.curve[0] == pytest.approx(mean)
-        counts = summary.histograms["6"]["1"]
+    trials = load_trials(config)
+    for summary in summarize(config, trials):
+        mine = trials[trials["setting"] == summary["setting"]["key"]]
+        kept = keep_best(config, mine)
+        assert summary["num_kept"] == len(kept) == 2
+        assert summary["final_losses"] == sorted(mine["final_loss"][~mine["diverged"]])[:2]
+        assert summary["curve"][0] == pytest.approx(sum(curve[0] for curve in kept["curve"]) / 2)
+        counts = summary["histograms"]["6"]["1"]
         assert sum(counts) == 2 * (64 * 8 + 8)  # entries of the first layer in two trials
 
 
-def test_the_time_of_the_trials_is_shared_out_completely(finished):
-    speed = measure_speed(load_rows(finished[0]))
-    assert speed.num_trials == 12
-    assert speed.compute_share + speed.evaluation_share + speed.other_share == pytest.approx(1.0)
-    assert min(speed.compute_share, speed.evaluation_share, speed.other_share) > 0
+def test_the_table_is_that_of_the_trials(finished):
+    config, page = finished
+    losses = {s["label"]: f"{s['mean_final_loss']:.4f}" for s in summarize(config, load_trials(config))}
+    text = page.read_text()
+    assert all(f"<td>{label}</td>" in text and f"<td>{loss} ±" in text for label, loss in losses.items())
 
 
 def test_a_larger_budget_goes_on_where_the_smaller_one_ended(finished, tmp_path: Path):
@@ -152,7 +150,7 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_ended(finished, tmp_path:
     shutil.copytree(config.folder, tmp_path / "tiny")
     before = outcome(config)
     larger = dataclasses.replace(config, out=tmp_path, num_trials=5)
-    assert run_sweep(larger).trials == 3
+    assert run_sweep(larger) == 3
     assert {key: trials[:4] for key, trials in outcome(larger).items()} == before
 
 
@@ -190,13 +188,13 @@ def test_diverged_trials_are_counted_and_kept_out_of_the_mean(tmp_path: Path):
     config = tiny(tmp_path, search={**TINY["search"], "lr": {"low": 1e5, "high": 1e6}}, dampings=[1.0], num_spectra=0)
     config = dataclasses.replace(config, optimizers={"sgd": OptimizerSettings()})
     run_sweep(config)
-    (summary,) = summarize(config, load_rows(config))
-    assert summary.num_finished == summary.num_diverged == 4
-    assert summary.num_kept == 0
-    assert summary.curve == []
-    assert math.isnan(summary.mean_final_loss)
-    report = damping_sweep.make_report(config, "tiny")
-    assert "4 (100 %)" in report.section.tables[0].rows[0]
+    (summary,) = summarize(config, load_trials(config))
+    assert summary["num_finished"] == summary["num_diverged"] == 4
+    assert summary["num_kept"] == 0
+    assert summary["curve"] == []
+    assert math.isnan(summary["mean_final_loss"])
+    (row,) = make_report(config).tables[0].frame.to_dict("records")
+    assert (row["diverged"], row["best"]) == ("4 (100%)", "—")
 
 
 @pytest.mark.parametrize("dampings", [[1.0], [1e-2, 1.0, 1e2]])
@@ -206,8 +204,8 @@ def test_a_sweep_of_one_trial_that_diverges_has_a_page(tmp_path: Path, dampings:
     content["search"] = {**TINY["search"], "lr": {"low": 1e5, "high": 1e6}}
     path = tmp_path / "one.json"
     path.write_text(json.dumps({**content, "optimizers": {"sgd": {}, "kfac": {"fixed": fixed}}}))
-    page = damping_sweep.main(["--config", str(path), "--out", str(tmp_path)])
-    assert page.read_text().count("1 (100 %)") == 1 + len(dampings)
+    damping_sweep.main(["--config", str(path), "--out", str(tmp_path)])
+    assert (tmp_path / "tiny" / "index.html").read_text().count("1 (100%)") == 1 + len(dampings)
 
 
 def test_a_bug_in_training_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -281,20 +279,20 @@ def test_a_trial_whose_worker_died_before_its_first_heartbeat_takes_no_place_in_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = tiny(tmp_path, dampings=[1.0], num_spectra=0)
-    abandoned = [study.study.ask().number for study in open_studies(config)]  # running for ever, without a heartbeat
-    monkeypatch.setattr(study_module, "_age", lambda trial: math.inf if trial.number in abandoned else 0.0)
-    monkeypatch.setattr(study_module, "_await_dead", lambda *_: None)
+    abandoned = [search.study.ask().number for search in open_searches(config).values()]  # running for ever, unheard of
+    monkeypatch.setattr(search_module, "_age", lambda trial: math.inf if trial.number in abandoned else 0.0)
+    monkeypatch.setattr(search_module, "_await_dead", lambda *_: None)
     asked = []
-    run_one = study_module.SettingStudy.run_one
+    run_one = search_module.Search.run_one
 
     def counted(self, *arguments):
         asked.append(1)
         assert len(asked) <= 2 * config.num_trials, "trials beyond the budget are asked for again and again"
-        run_one(self, *arguments)
+        return run_one(self, *arguments)
 
-    monkeypatch.setattr(study_module.SettingStudy, "run_one", counted)
+    monkeypatch.setattr(search_module.Search, "run_one", counted)
     run_sweep(config)
-    assert all(len(study.finished()) == config.num_trials for study in open_studies(config))
+    assert all(len(search.finished()) == config.num_trials for search in open_searches(config).values())
 
 
 @pytest.mark.parametrize("storage", [None, "sweep.journal"], ids=["database", "journal"])
@@ -302,9 +300,9 @@ def test_no_trial_of_a_dead_worker_is_left_as_running(tmp_path: Path, monkeypatc
     """Not even one beyond the budget, of a worker that died before its first heartbeat."""
     config = tiny(tmp_path, dampings=[1.0], num_spectra=0, storage=storage and str(tmp_path / storage))
     run_sweep(config)
-    abandoned = {study.setting.key: study.study.ask().number for study in open_studies(config)}
-    monkeypatch.setattr(study_module, "_age", lambda trial: math.inf)
-    assert run_sweep(config).trials == 0
+    abandoned = {setting.key: search.study.ask().number for setting, search in open_searches(config).items()}
+    monkeypatch.setattr(search_module, "_age", lambda trial: math.inf)
+    assert run_sweep(config) == 0
     for key, trials in trials_of(config).items():
         assert trials[abandoned[key]].state == TrialState.FAIL
         assert [t.state for t in trials].count(TrialState.RUNNING) == 0
@@ -313,19 +311,19 @@ def test_no_trial_of_a_dead_worker_is_left_as_running(tmp_path: Path, monkeypatc
 
 def test_a_worker_that_was_stopped_too_long_loses_its_trial_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = tiny(tmp_path, dampings=[1.0], num_spectra=0, optimizers={"sgd": {}})
-    real, calls = study_module.train_trial, []
+    real, calls = sweep_module.train_trial, []
 
     def stopped_once(*arguments):
         calls.append(1)
         if len(calls) == 2:  # meanwhile another worker has declared this trial dead and queued it again
-            (study,) = open_studies(config)
-            (running,) = [t for t in study.study.get_trials() if t.state == TrialState.RUNNING]
-            study.study.tell(running.number, state=TrialState.FAIL)
-            retry_callback()[0](study.study, running)
+            (search,) = open_searches(config).values()
+            (running,) = search.trials(TrialState.RUNNING)
+            search.study.tell(running.number, state=TrialState.FAIL)
+            retry_callback()[0](search.study, running)
         return real(*arguments)
 
-    monkeypatch.setattr(study_module, "train_trial", stopped_once)
-    assert run_sweep(config).trials == 4
+    monkeypatch.setattr(sweep_module, "train_trial", stopped_once)
+    assert run_sweep(config) == 4
     assert len(calls) == 5
     monkeypatch.undo()
     whole = dataclasses.replace(config, out=tmp_path / "whole")
@@ -421,11 +419,11 @@ def test_workers_end_when_their_parent_alone_is_killed(tmp_path: Path):
 
 
 def test_an_error_of_a_worker_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(workers_module, "exit_with_parent", lambda: None)
+    monkeypatch.setattr(sweep_module, "exit_with_parent", lambda: None)
     config = tiny(tmp_path)
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, batch_size=5000))
     with pytest.raises(SystemExit, match=r"MainProcess: key 'task.batch_size' must be at most .* examples 128, got 5000\."):
-        workers_module._work_process(config, "cpu")
+        sweep_module._work_process(config, "cpu")
 
 
 @pytest.mark.slow
@@ -441,7 +439,7 @@ def test_a_sweep_whose_workers_all_ended_with_an_error_says_so(tmp_path: Path):
 @pytest.mark.multiprocess
 def test_several_workers_of_one_command_spend_the_budget_exactly(tmp_path: Path):
     config = tiny(tmp_path, workers=2)
-    assert run_sweep(config).trials == 12
+    assert run_sweep(config) == 12
     assert all(len(trials) == 4 for trials in outcome(config).values())
 
 
@@ -494,9 +492,9 @@ def postgres_url(tmp_path: Path):
 @pytest.mark.multiprocess
 def test_a_sweep_runs_in_postgresql_and_goes_on_after_a_worker_was_killed(tmp_path: Path, postgres_url: str):
     config = slow(tmp_path, storage=postgres_url)
-    open_studies(config)
+    open_searches(config)
     context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=work, args=(config, "cpu"))
+    worker = context.Process(target=work_on, args=(config, "cpu"))
     worker.start()
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and sum(map(len, outcome(config).values())) < 2:
@@ -523,7 +521,7 @@ def test_a_sweep_runs_in_postgresql_and_goes_on_after_a_worker_was_killed(tmp_pa
 def test_a_database_that_cannot_be_reached_is_named_without_its_password(tmp_path: Path, monkeypatch, url: str):
     monkeypatch.setattr(storage, "OPEN_ATTEMPTS", 1)
     with pytest.raises(ConfigError, match=r"key 'storage': the database '.*127.0.0.1:1/none' cannot be used") as caught:
-        open_storage(tiny(tmp_path, storage=url))
+        open_searches(tiny(tmp_path, storage=url))
     shown = "".join(traceback.format_exception(caught.value))
     assert "secret" not in shown.replace("secret=1", "")
 
@@ -531,7 +529,7 @@ def test_a_database_that_cannot_be_reached_is_named_without_its_password(tmp_pat
 def test_a_url_that_cannot_be_read_is_not_repeated(tmp_path: Path):
     url = "postgresql://me:secret@host:port/none"
     with pytest.raises(ConfigError, match=r"the URL 'postgresql://…' cannot be read.*%40") as caught:
-        open_storage(tiny(tmp_path, storage=url))
+        open_searches(tiny(tmp_path, storage=url))
     assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 
@@ -560,13 +558,13 @@ def test_every_config_is_valid_and_holds_the_search_the_study_asks_for(path: Pat
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_trails", 3, "unknown key 'num_trails'.*Did you mean 'num_trials'"),
+        ("num_trails", 3, "key 'num_trails': Key 'num_trails' not in 'SweepConfig'.*Allowed: .*num_trials"),
         ("dampings", [0.0], "key 'dampings' must hold finite numbers > 0, got 0"),
         ("dampings", [math.inf], "key 'dampings' must hold finite numbers > 0, got inf"),
         ("dampings", [1.0, 1.0], "different numbers"),
         ("num_kept", 5, r"num_kept must be at most num_trials \(4\), got 5"),
         ("num_trials", 0, "num_trials must be >= 1, got 0"),
-        ("grace_seconds", 1, "grace_seconds must be above heartbeat_seconds, got 1 and 1"),
+        ("grace_seconds", 1, "grace_seconds must be above heartbeat_seconds, and that at least 1, got 1 and 1"),
         ("divergence_factor", 1.0, "divergence_factor must be a finite number > 1, got 1.0"),
         ("optimizers", {"sgd": {}, "kfak": {}}, "unknown optimizer 'kfak'; allowed: .*kfac"),
         ("optimizers", {}, "key 'optimizers' must name at least one"),
@@ -580,7 +578,7 @@ def test_every_config_is_valid_and_holds_the_search_the_study_asks_for(path: Pat
         ("name", "..", r"key 'name' must be letters.*got '\.\.'"),
         ("name", "", "key 'name' must be letters.*got ''"),
         ("task", {**TINY["task"], "model": {"name": "deep_linear", "width": 0}}, "key 'model.width' must be .* >= 1, got 0"),
-        ("search", {**TINY["search"], "lr": {"low": 0.1, "high": math.inf}}, "search.lr: a search range needs finite low < high"),
+        ("search", {**TINY["search"], "lr": {"low": 0.1, "high": math.inf}}, "a search range needs finite low < high"),
         ("histogram", {"low": 3.0, "high": 2.0}, "need low < high"),
     ],
 )

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import demo_fisher, estimator_variance, fisher_spectrum, fisher_speed, gradient_outliers
+from benchmarks import estimator_variance, fisher_spectrum, fisher_speed, gradient_outliers
 from benchmarks.common.config import ConfigError, load_config
 from benchmarks.common.models import build_model
-from benchmarks.common.sections import DemoContext
-from benchmarks.fisher.outliers.study import checkpoints
-from benchmarks.fisher.report import verdict
-from benchmarks.fisher.training import SGDConfig
+from benchmarks.common.plain_sgd import SGDConfig
+from benchmarks.common.results import plain
+from benchmarks.gradient_outliers import checkpoints
 from kfac_opt.fisher import FisherMatrix, spectral_density
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -62,7 +61,6 @@ settings:
   - {lr: 0.1, batch_size: 10, epochs: 3}
   - {lr: 0.01, batch_size: 30, epochs: 2}
 num_checkpoints: 4
-num_pictures: 4
 """
 
 SPEED = """
@@ -89,11 +87,10 @@ def check_files(tmp_path: Path, stems: set[str]) -> dict:
     assert content["config"]["name"] == "tiny"
     assert content["versions"]["torch"]
     assert content["seed"] == 0
-    assert any((folder / "tensorboard").iterdir())
     for stem in stems:
-        assert (folder / f"tiny_{stem}.png").stat().st_size > 2000
-        assert (tmp_path / "keep" / f"tiny_{stem}.png").is_file()
+        assert (folder / f"{stem}.png").stat().st_size > 2000
     assert page.count("<img") == len(stems)
+    assert [path.name for path in (tmp_path / "keep").iterdir()] == ["tiny.json"]
     assert json.loads((tmp_path / "keep" / "tiny.json").read_text()) == content
     return content
 
@@ -139,16 +136,15 @@ def test_variance_script_predicts_what_sampled_matrices_show(tmp_path: Path):
 
 def test_outlier_script_follows_the_runs_and_reads_finished_ones_back(tmp_path: Path, monkeypatch):
     report = gradient_outliers.main(arguments(tmp_path, OUTLIERS))
-    content = check_files(tmp_path, {"outliers", "projections", "trimmed", "drift", "examples"})
+    content = check_files(tmp_path, {"outliers", "projections", "trimmed"})
     moments = content["runs"][0]["moments"]
     assert [moment["step"] for moment in moments] == [0, 2, 8, 18]
     assert all(sum(moment["histogram"]) == 60 for moment in moments)
-    assert len(moments[-1]["largest"]) == 4
     assert set(moments[0]["parts"]) == {"(network)", "1", "3", "5"}
     assert moments[-1]["train_loss"] < moments[0]["train_loss"]
     monkeypatch.setattr(gradient_outliers, "follow", None)  # nothing is trained again
     again = gradient_outliers.main(arguments(tmp_path, OUTLIERS))
-    assert again.content == report.content
+    assert json.dumps(plain(again.content)) == json.dumps(plain(report.content))
 
 
 def test_checkpoints_grow_apart_and_end_at_the_end():
@@ -165,7 +161,7 @@ def test_speed_script_works_with_and_without_the_peer(tmp_path: Path, monkeypatc
     report = fisher_speed.main(arguments(tmp_path, SPEED))
     content = check_files(tmp_path, {"times"})
     assert len(content["seconds"]) == (8 if with_peer else 6)
-    assert len(report.findings) == (4 if with_peer else 0)
+    assert len(report.findings) == (3 if with_peer else 0)
 
 
 def test_configs_that_cannot_be_used_are_named(tmp_path: Path):
@@ -182,16 +178,3 @@ def test_configs_that_cannot_be_used_are_named(tmp_path: Path):
             load_config(kind, tmp_path / "config.yaml", [override])
     with pytest.raises(ValueError, match="training needs steps >= 0"):
         SGDConfig(steps=-1)
-
-
-def test_verdicts():
-    assert [verdict(value) for value in (True, False, 1.0, 0.0, 0.5)] == ["yes", "no", "yes", "no", "in part"]
-
-
-@pytest.mark.slow
-def test_demo_section_shows_all_three_studies(tmp_path: Path):
-    section = demo_fisher.fisher_section(DemoContext(tmp_path, scale=0.02))
-    assert len(section.figures) == 5
-    assert len(section.tables) == 4
-    for name in ("fisher_spectrum", "estimator_variance", "gradient_outliers"):
-        assert json.loads((tmp_path / f"{name}.json").read_text())

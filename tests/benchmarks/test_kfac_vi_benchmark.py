@@ -11,16 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import demo_kfac_vi, kfac_vi, kfac_vi_time
+from benchmarks import kfac_vi, kfac_vi_time
 from benchmarks.common.config import ConfigError, load_config
 from benchmarks.common.data import DataConfig, Dataset
 from benchmarks.common.search import SearchConfig, SearchRange
-from benchmarks.common.sections import DemoContext
 from benchmarks.vi import data as vi_data
-from benchmarks.vi import methods, study
+from benchmarks.vi import methods
 from benchmarks.vi.config import MethodConfig, RateSchedule, VIConfig
 from benchmarks.vi.evaluation import evaluate
-from benchmarks.vi.members import MemberStore
 from kfac_opt.bayes.prediction import predict
 
 TINY = """
@@ -57,14 +55,13 @@ def test_script_writes_results_figures_and_page_and_goes_on_where_it_stopped(
 ):
     (tmp_path / "tiny.yaml").write_text(TINY)
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--keep", str(tmp_path / "keep")]
-    page = kfac_vi.main(arguments)
+    kfac_vi.main(arguments)
     folder = tmp_path / "out" / "tiny"
-    assert page == folder / "index.html"
-    assert {"results.json", "accuracy.png", "reliability.png", "rotation.png"} <= {p.name for p in folder.iterdir()}
-    results = json.loads((folder / "results.json").read_text())
+    assert {"index.html", "tiny.json", "accuracy.png", "reliability.png", "rotation.png"} <= {p.name for p in folder.iterdir()}
+    results = json.loads((folder / "tiny.json").read_text())
     assert {"versions", "machine", "config", "seed"} <= results.keys()
     assert results["results"]["broken"]["summary"]["diverged"] == 2
-    assert "broken (all diverged)" in capsys.readouterr().out
+    assert "broken (2 diverged)" in capsys.readouterr().out
     assert results["results"]["sgd"]["summary"]["samples"] is None
     for name in ("ensemble", "dropout", "laplace", "drawn laplace", "chosen laplace", "vi"):
         summary = results["results"][name]["summary"]["samples"]
@@ -72,7 +69,7 @@ def test_script_writes_results_figures_and_page_and_goes_on_where_it_stopped(
         assert summary["nll"]["std"] > 0
     assert results["results"]["rules"]["summary"]["samples"] is None
     assert (tmp_path / "keep" / "tiny.json").is_file()
-    monkeypatch.setattr(study, "train_method", lambda *_: pytest.fail("a finished run was run again"))
+    monkeypatch.setattr(kfac_vi, "train_method", lambda *_: pytest.fail("a finished run was run again"))
     kfac_vi.main(arguments)
 
 
@@ -80,15 +77,15 @@ def test_search_runs_on_validation_examples_and_is_kept(config: VIConfig, monkey
     method = MethodConfig("sgd", search={"lr": SearchRange(0.01, 0.1, log=True)})
     budget = SearchConfig(num_trials=2)
     searched = dataclasses.replace(config, methods={"sgd": method}, search=budget, num_validation=30, num_seeds=1)
-    first = study.run_study(searched)["sgd"]["settings"]
+    first = kfac_vi.run(searched).content["results"]["sgd"]["settings"]
     assert 0.01 <= first["lr"] <= 0.1
     sets = vi_data.load_for_search(searched)
     assert len(sets.train_inputs) == 100
     assert len(sets.test_inputs) == 30
     training = vi_data.load_sets(searched)
     assert torch.equal(sets.train_targets, training.train_targets)
-    monkeypatch.setattr(study, "ensemble_nll", lambda *_: pytest.fail("a finished trial was run again"))
-    assert study.run_study(searched)["sgd"]["settings"] == first
+    monkeypatch.setattr(kfac_vi, "ensemble_nll", lambda *_: pytest.fail("a finished trial was run again"))
+    assert kfac_vi.run(searched).content["results"]["sgd"]["settings"] == first
 
 
 def test_a_search_without_validation_examples_is_refused(config: VIConfig):
@@ -126,9 +123,8 @@ def test_published_schedule_warms_up_and_decays_to_almost_zero():
 
 def test_a_net_that_guesses_counts_as_diverged(config: VIConfig):
     data = vi_data.load_sets(config)
-    training = study.training_of(config, data)
     method = MethodConfig("sgd", {"lr": 0.0})
-    trained = methods.train_method(method, method.settings, data, training, 0)
+    trained = methods.train_method(method, method.settings, data, config, 0)
     assert trained.diverged
     result = evaluate(trained, data, config, 0)
     assert result["mean"]["nll"] == pytest.approx(math.log(10), abs=0.3)
@@ -142,8 +138,8 @@ def test_nets_with_posteriors_predict_as_a_mixture(config: VIConfig):
     data = vi_data.load_sets(config)
     method = MethodConfig("kfac_vi", members=2)
     assert method.cost == 2
-    trained = methods.train_method(method, {}, data, study.training_of(config, data), 0)
-    single = methods.train_method(MethodConfig("kfac_vi"), {}, data, study.training_of(config, data), 0)
+    trained = methods.train_method(method, {}, data, config, 0)
+    single = methods.train_method(MethodConfig("kfac_vi"), {}, data, config, 0)
     assert len(trained.posteriors) == len(trained.models) == 2
     source = torch.Generator().manual_seed(3)
     each = [predict(m, q, data.test_inputs, 3, source) for m, q in zip(trained.models, trained.posteriors, strict=True)]
@@ -160,9 +156,9 @@ def test_nets_with_posteriors_predict_as_a_mixture(config: VIConfig):
 
 def test_laplace_takes_its_prior_from_the_settings_or_from_the_evidence(config: VIConfig, tmp_path: Path):
     data = vi_data.load_sets(config)
-    method, store = MethodConfig("kfac", laplace="linearized"), MemberStore(tmp_path / "members", {})
+    method, store = MethodConfig("kfac", laplace="linearized"), tmp_path / "members"
     found = [
-        methods.train_method(method, settings, data, study.training_of(config, data), 0, store).posteriors[0]
+        methods.train_method(method, settings, data, config, 0, store).posteriors[0]
         for settings in ({"laplace_prior": 50.0}, {})
     ]
     assert found[0].width.prior_precision == 50.0
@@ -172,8 +168,8 @@ def test_laplace_takes_its_prior_from_the_settings_or_from_the_evidence(config: 
 
 def test_ivon_is_left_out_where_it_is_not_installed(config: VIConfig, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
-    results = study.run_study(dataclasses.replace(config, methods={"ivon": MethodConfig("ivon")}))
-    assert results == {}
+    report = kfac_vi.run(dataclasses.replace(config, methods={"ivon": MethodConfig("ivon")}))
+    assert report.content["results"] == {}
     assert "'ivon' is left out" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="needs the package ivon-opt"):
         methods.build(MethodConfig("ivon"), {}, nn.Linear(2, 2), 10, 0)
@@ -209,7 +205,7 @@ def test_an_unfamiliar_data_set_enters_the_detection(config: VIConfig, monkeypat
     blank = Dataset("other", other, torch.zeros(20).long(), other, torch.zeros(20).long(), 10)
     monkeypatch.setattr(vi_data, "load_data", lambda *_: blank)
     method = MethodConfig("kfac_vi")
-    trained = methods.train_method(method, {}, data, study.training_of(config, data), 0)
+    trained = methods.train_method(method, {}, data, config, 0)
     detection = evaluate(trained, data, wanted, 0)["samples"]["detection"]
     assert set(detection) == {"shuffled", "rotated", "unfamiliar"}
     assert 0 <= detection["unfamiliar"]["auroc_mutual_information"] <= 1
@@ -218,16 +214,19 @@ def test_an_unfamiliar_data_set_enters_the_detection(config: VIConfig, monkeypat
 def test_times_are_ratios(tmp_path: Path):
     arguments = ["--rounds", "3", "--predict_samples", "2", "--predict_batches", "[2]", "--out", str(tmp_path)]
     arguments += ["--model", "{name: mlp, sizes: [6, 5, 10]}", "--input_shape", "[6]", "--batch_size", "8"]
-    ratios = json.loads(kfac_vi_time.main(arguments).read_text())["ratios"]
+    ratios = kfac_vi_time.main(arguments).content["ratios"]
     assert len(ratios) == 8
     assert all(value > 0 for value in ratios.values())
 
 
-def test_demo_section_has_a_table_and_three_figures(tmp_path: Path):
-    section = demo_kfac_vi.uncertainty_section(DemoContext(tmp_path, scale=0.02))
-    assert section.title == "Weight uncertainty"
-    assert len(section.figures) == 3
-    assert any(row[0] == "KFACVI" and row[1] == "ensemble" for row in section.tables[0].rows)
+def test_the_table_holds_every_method_and_way_to_predict(config: VIConfig):
+    report = kfac_vi.run(dataclasses.replace(config, num_seeds=1))
+    table = report.tables[0].frame
+    assert len(report.figures) == 3
+    assert set(table["at"]) == {"mean", "samples"}
+    for row in table.to_dict("records"):
+        found = report.content["results"][row["method"].split(" (")[0]]["summary"][row["at"]]
+        assert row["NLL"] == ("—" if found is None else f"{found['nll']['mean']:.4f} ± {found['nll']['std']:.4f}")
 
 
 @pytest.mark.parametrize("path", sorted((Path(kfac_vi.__file__).parent.parent / "configs" / "kfac_vi").glob("*.yaml")))
@@ -246,8 +245,7 @@ def test_nets_are_trained_once_for_all_ensembles_that_hold_them(
     config: VIConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     data = vi_data.load_sets(config)
-    training = study.training_of(config, data)
-    store = MemberStore(tmp_path / "members", {"epochs": config.epochs})
+    store = tmp_path / "members"
     trained_seeds = []
     train_one = methods._train_one
 
@@ -256,21 +254,21 @@ def test_nets_are_trained_once_for_all_ensembles_that_hold_them(
         return train_one(*arguments)
 
     monkeypatch.setattr(methods, "_train_one", counted)
-    pair = methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, training, 0, store)
-    three = methods.train_method(MethodConfig("kfac_vi", members=3), {}, data, training, 0, store)
+    pair = methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, config, 0, store)
+    three = methods.train_method(MethodConfig("kfac_vi", members=3), {}, data, config, 0, store)
     assert trained_seeds == [0, 1000, 2000]
-    again = methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, training, 0, store)
+    again = methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, config, 0, store)
     assert (again.seconds, again.curve, again.diverged) == (pair.seconds, pair.curve, pair.diverged)
     assert three.seconds > pair.seconds
     fresh, kept = (one.ensemble(data.test_inputs, 4, 3) for one in (pair, again))
     assert fresh is not None
     assert kept is not None
     assert torch.equal(fresh.probabilities, kept.probabilities)
-    methods.train_method(MethodConfig("kfac_vi", members=2), {"lr": 0.03}, data, training, 0, store)
-    methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, training, 0, None)
+    methods.train_method(MethodConfig("kfac_vi", members=2), {"lr": 0.03}, data, config, 0, store)
+    methods.train_method(MethodConfig("kfac_vi", members=2), {}, data, config, 0, None)
     assert trained_seeds[3:] == [0, 1000, 0, 1000]  # other settings, no store
     method = MethodConfig("kfac", laplace="linearized")
-    fitted = [methods.train_method(method, {}, data, training, 0, store).ensemble(data.test_inputs, 4, 3) for _ in range(2)]
+    fitted = [methods.train_method(method, {}, data, config, 0, store).ensemble(data.test_inputs, 4, 3) for _ in range(2)]
     assert fitted[0] is not None
     assert fitted[1] is not None
     assert torch.allclose(fitted[0].probabilities, fitted[1].probabilities)

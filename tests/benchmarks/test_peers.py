@@ -56,8 +56,8 @@ def test_other_packages_take_part_where_they_are_installed(
     monkeypatch.setitem(sys.modules, "asdl", package)
     monkeypatch.setitem(sys.modules, "singd", None)
     (tmp_path / "peers.yaml").write_text(PEERS)
-    results = step_time.main(["--config", str(tmp_path / "peers.yaml"), "--out", str(tmp_path), "--max-rounds", "3"])
-    assert [line.contestant for line in results["mlp"]] == ["SGD", "other"]
+    report = step_time.main(["--config", str(tmp_path / "peers.yaml"), "--out", str(tmp_path), "--max-rounds", "3"])
+    assert [line["contestant"] for line in report.content["results"]["mlp"]] == ["SGD", "other"]
     assert _Maker.seen == [{"damping": 0.5, "data_size": 16, "fisher_type": "fisher_mc"}]
     assert "'absent' is left out: package 'singd' is not installed" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="must name one of asdl, singd as optimizer, got 'adam'"):

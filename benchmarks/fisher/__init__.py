@@ -1,1 +1,0 @@
-"""What the experiments on the Fisher matrix share."""

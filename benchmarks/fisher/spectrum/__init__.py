@@ -1,1 +1,0 @@
-"""The study of spectra: what is computed, what was found, how it is drawn."""

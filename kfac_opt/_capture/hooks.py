@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from kfac_opt._capture.stance import hold_eager, release_eager
 
 
 class _Hook:
@@ -50,6 +53,11 @@ class WeakHook(_Hook):
         self._method = method
         self._bound = bound
 
+    @property
+    def owner(self) -> object | None:
+        """Whose method it calls, while that lives."""
+        return self._owner()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self._owner()
         if owner is None:
@@ -58,6 +66,47 @@ class WeakHook(_Hook):
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_inert, ()
+
+
+class HookSet:
+    """The hooks of one owner on a model and its layers. While they are on, compiled code runs eagerly."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, id(self), self._handles)
+
+    def __bool__(self) -> bool:
+        return bool(self._handles)
+
+    def put(self, owner: object, root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """Calls ``on_root_start``, ``on_root_end`` and, with the name in front, ``on_layer`` of ``owner``."""
+        for name, module in layers.items():  # before the root's: a model that is itself a layer
+            # In front of the user's hooks, which may replace the output.
+            hook = WeakHook(owner, "on_layer", name)
+            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        self._handles.append(root.register_forward_pre_hook(WeakHook(owner, "on_root_start"), with_kwargs=True))
+        end = WeakHook(owner, "on_root_end")
+        self._handles.append(root.register_forward_hook(end, with_kwargs=True, always_call=True))
+        hold_eager(id(self))
+
+    def remove(self) -> None:
+        """Takes them off."""
+        _remove(id(self), self._handles)
+
+
+def _remove(holder: int, handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    release_eager(holder)
+
+
+def owners_of_hooks(model: nn.Module) -> Iterator[object]:
+    """Who has a :class:`WeakHook` in front of the model's forward or of one of its parts."""
+    for part in model.modules():
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, WeakHook) and hook.owner is not None:
+                yield hook.owner
 
 
 def active_calls(module: nn.Module) -> int:

@@ -53,6 +53,11 @@ class Pass:
     graph: RepeatableGraph | None = None  # while the capture reads it
     scale: float | None = None  # empirical: factor of the user's output gradients, if it can be read off
 
+    def forget(self, name: str) -> None:
+        """Leaves out a layer that is not what its block was made for."""
+        for part in (self.calls, self.edges, self.gradients, self.statistics, self.inputs):
+            part.pop(name, None)  # type: ignore[attr-defined]
+
 
 @dataclass
 class Pending:
@@ -64,12 +69,36 @@ class Pending:
     missed: set[Missed] = field(default_factory=set)  # why passes of this step do not count
     settled: list[Pass] = field(default_factory=list)  # empirical: sums taken, scale of the step not yet known
 
+    def keep(self, current: Pass) -> None:
+        """Adds the sums of a pass, of the layers that gradients reached."""
+        for name, statistics in current.statistics.items():
+            if any(key != "input" for key in statistics.sums) or statistics.examples:
+                self.statistics.setdefault(name, Statistics()).merge(statistics)
+
     def merge(self, other: Pending) -> None:
         self.num_terms += other.num_terms
         self.open += other.open
         self.settled += other.settled
         for name, statistics in other.statistics.items():
             self.statistics.setdefault(name, Statistics()).merge(statistics)
+
+
+@dataclass
+class Tally:
+    """Passes that give no estimate.
+
+    Attributes:
+        dropped: how many were not finite, ever.
+        missed: why passes since the last step do not count.
+    """
+
+    dropped: int = 0
+    missed: set[Missed] = field(default_factory=set)
+
+    def drop(self) -> None:
+        """Counts a pass whose outputs or sums are not finite."""
+        self.dropped += 1
+        self.missed.add("dropped")
 
 
 class Arrival:

@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from kfac_opt._capture.backward import OutputGraph
-from kfac_opt._capture.collector import Collector
-from kfac_opt._capture.hooks import WeakHook
+from kfac_opt._capture.collector import unnoticed
 from kfac_opt._capture.outputs import pick_logits
 from kfac_opt._capture.repeatable import RepeatableGraph
 from kfac_opt._capture.wrappers import unwrapped
@@ -162,7 +161,7 @@ class FrozenModel:
         args, kwargs = _arguments(batch.inputs)
         detached = parameters is None and not torch.is_grad_enabled()
         kernels = _differentiable_kernels()
-        with quiet(self.module), _hookless(self.module), kernels, _no_autocast(self.device), torch.enable_grad():
+        with unnoticed(self.module), _hookless(self.module), kernels, _no_autocast(self.device), torch.enable_grad():
             returned = functional_call(self.module, (values, buffers), args, kwargs)
             logits, mask = pick_logits(returned, self.outputs)
         return logits.detach() if detached else logits, mask
@@ -215,25 +214,6 @@ class FrozenModel:
             logits, _ = self.forward(batch)
         total = sum(size for pointer, size in kept.items() if pointer not in own)
         return total + logits.numel() * logits.element_size()
-
-
-@contextmanager
-def quiet(module: nn.Module) -> Iterator[None]:
-    """Forwards in the body are not passes of an attached curvature optimizer."""
-    collectors = {
-        id(owner): owner
-        for part in module.modules()
-        for hook in part._forward_pre_hooks.values()
-        if isinstance(hook, WeakHook) and isinstance(owner := hook._owner(), Collector)
-    }
-    before = [(collector, collector.paused, collector.forward_seen) for collector in collectors.values()]
-    for collector in collectors.values():
-        collector.paused = True
-    try:
-        yield
-    finally:
-        for collector, paused, seen in before:
-            collector.paused, collector.forward_seen = paused, seen
 
 
 @contextmanager

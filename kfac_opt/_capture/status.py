@@ -1,0 +1,95 @@
+"""What is known of each layer: whether its hook sees it, and whether it is the map that its adapter takes it for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Foreign = Literal["forward", "uses", "tensors", "hidden"]
+"""Why a layer is not the map of its adapter: a forward of its own, other uses of its weight, tensors without rows, calls that
+hooks do not see."""
+
+Proof = Literal["open", "told", "proven"]
+"""That a layer is the map of its adapter: nothing is known, the passes since the last step told so, earlier ones did."""
+
+
+@dataclass
+class LayerStatus:
+    """What the passes so far have shown of one layer.
+
+    Attributes:
+        ran: its hook saw a call with gradients.
+        hidden: since the last step it ran with gradients disabled inside a pass with gradients.
+        proof: that it is the map of its adapter.
+        foreign: why it is not.
+    """
+
+    ran: bool = False
+    hidden: bool = False
+    proof: Proof = "open"
+    foreign: Foreign | None = None
+
+
+class LayerStatuses:
+    """The status of every layer, by name."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, LayerStatus] = {}
+
+    def __getitem__(self, name: str) -> LayerStatus:
+        status = self._known.get(name)
+        if status is None:
+            status = self._known[name] = LayerStatus()
+        return status
+
+    @property
+    def ran(self) -> set[str]:
+        return {name for name, status in self._known.items() if status.ran}
+
+    @property
+    def hidden(self) -> set[str]:
+        return {name for name, status in self._known.items() if status.hidden}
+
+    @property
+    def unseen(self) -> set[str]:
+        """Layers that ran since the last step, and never where their hooks see them."""
+        return {name for name, status in self._known.items() if status.hidden and not status.ran}
+
+    @property
+    def proven(self) -> Proven:
+        return Proven(self, (name for name, status in self._known.items() if status.proof == "proven"))
+
+    @property
+    def foreign(self) -> dict[str, Foreign]:
+        return {name: status.foreign for name, status in self._known.items() if status.foreign is not None}
+
+    def confirm(self) -> None:
+        """The passes of a step are over: what they told holds, unless others of them contradict."""
+        for status in self._known.values():
+            if status.proof == "told" and status.foreign is None:
+                status.proof = "proven"
+
+    def start_step(self) -> None:
+        """Forgets what belongs to the passes since the last step."""
+        for status in self._known.values():
+            status.hidden = False
+            if status.proof == "told":
+                status.proof = "open"
+
+    def reopen_proofs(self) -> None:
+        """Other modules may stand behind the names now."""
+        for status in self._known.values():
+            if status.proof == "proven":
+                status.proof = "open"
+
+
+class Proven(set[str]):
+    """Names of the layers that are proven, as they are now; emptied, all of them have to be proven anew."""
+
+    def __init__(self, statuses: LayerStatuses, names: object) -> None:
+        super().__init__(names)  # type: ignore[call-overload]
+        self._statuses = statuses
+
+    def clear(self) -> None:
+        self._statuses.reopen_proofs()
+        super().clear()

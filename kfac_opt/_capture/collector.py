@@ -61,7 +61,7 @@ class Collector:
         make_generator: Callable[[int, torch.device], torch.Generator],
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.likelihood, self.outputs, self.process_group = likelihood, outputs, process_group
+        self.likelihood, self.fisher, self.outputs, self.process_group = likelihood, fisher, outputs, process_group
         self.paused = self.any_mode = self.forward_seen = False
         self.mask: Tensor | None = None
         self.sample_ranks = 1
@@ -99,6 +99,24 @@ class Collector:
         self._hooks.remove()
         self._running = Running()
 
+    @contextmanager
+    def with_paused(self) -> Iterator[None]:
+        """Passes inside do not count."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    @contextmanager
+    def with_mask(self, mask: Tensor) -> Iterator[None]:
+        """Terms where ``mask`` is False do not count in the passes inside."""
+        before, self.mask = self.mask, mask
+        try:
+            yield
+        finally:
+            self.mask = before
+
     # -- what is known of the layers ----------------------------------------------------------------------------
 
     def status(self, name: str) -> LayerStatus:
@@ -117,8 +135,12 @@ class Collector:
 
     @property
     def proven(self) -> set[str]:
-        """Layers that are what their adapter says; ``clear()`` where other modules may stand behind the names."""
+        """Layers that are what their adapter says."""
         return self._statuses.proven
+
+    def forget_proofs(self) -> None:
+        """Other modules may stand behind the names now."""
+        self._statuses.forget_proofs()
 
     @property
     def foreign(self) -> dict[str, Foreign]:

@@ -28,9 +28,7 @@ from kfac_opt.likelihoods import output_gradients
 class LikelihoodGradients:
     """A source that needs no backward of the user (see :class:`kfac_opt._capture.source.GradientSource`)."""
 
-    def __init__(
-        self, estimate: Estimate, due: Due, statuses: LayerStatuses, proving: Proving, sums: Sums, tally: Tally
-    ) -> None:
+    def __init__(self, estimate: Estimate, due: Due, statuses: LayerStatuses, proving: Proving, sums: Sums, tally: Tally) -> None:
         self.estimate, self.due, self.statuses = estimate, due, statuses
         self.proving, self.sums, self.tally = proving, sums, tally
         self.rounding: Rounding = sums.rounding

@@ -25,12 +25,11 @@ class Proving:
     def __init__(self, due: Due, statuses: LayerStatuses, sums: Sums) -> None:
         self.due, self.statuses, self.sums = due, statuses, sums
 
-    def needed(self, name: str) -> bool:
-        """Whether this layer can be proven and is not."""
+    def possible(self, name: str) -> bool:
+        """Whether this layer can be proven."""
         entry = self.due.entries[name]
         adapter = entry.block.adapter
-        provable = entry.module is not None and adapter is not None and adapter.provable
-        return provable and self.statuses[name].proof != "proven"
+        return entry.module is not None and adapter is not None and adapter.provable
 
     def own_parameters(self, current: Pass) -> dict[str, list[nn.Parameter | None]]:
         """Weight and bias of the layers of this pass whose gradients are to be held against what the hook saw."""

@@ -66,15 +66,13 @@ class Recorder:
             # No mask can come and each row counts by itself: take the moment now, so that checkpointing can free the input.
             self.sums.take_input(current, name, call)
 
-    def _keep(
-        self, current: Pass, name: str, module: nn.Module, x: Tensor, out: Tensor, positions: tuple[int, int]
-    ) -> Call:
+    def _keep(self, current: Pass, name: str, module: nn.Module, x: Tensor, out: Tensor, positions: tuple[int, int]) -> Call:
         edge, view = output_edge(out, x)
         call = Call(x.detach(), positions, view)
         current.calls.setdefault(name, []).append(call)
         current.edges.setdefault(name, []).append(edge)
         self.on_call(current, name, edge)
-        if self.proving.needed(name):
+        if self.statuses[name].proof != "proven" and self.proving.possible(name):
             current.inputs.setdefault(name, []).append(Seen.of(x))
             if has_own_forward(module):
                 current.held.add(name)

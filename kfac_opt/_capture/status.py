@@ -30,55 +30,49 @@ class LayerStatus:
     foreign: Foreign | None = None
 
 
-class LayerStatuses:
-    """The status of every layer, by name."""
+class LayerStatuses(dict[str, LayerStatus]):
+    """The status of every layer, by name; of one that nobody asked for before, a new one."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, LayerStatus] = {}
-
-    def __getitem__(self, name: str) -> LayerStatus:
-        status = self._known.get(name)
-        if status is None:
-            status = self._known[name] = LayerStatus()
-        return status
+    def __missing__(self, name: str) -> LayerStatus:
+        return self.setdefault(name, LayerStatus())
 
     @property
     def ran(self) -> set[str]:
-        return {name for name, status in self._known.items() if status.ran}
+        return {name for name, status in self.items() if status.ran}
 
     @property
     def hidden(self) -> set[str]:
-        return {name for name, status in self._known.items() if status.hidden}
+        return {name for name, status in self.items() if status.hidden}
 
     @property
     def unseen(self) -> set[str]:
         """Layers that ran since the last step, and never where their hooks see them."""
-        return {name for name, status in self._known.items() if status.hidden and not status.ran}
+        return {name for name, status in self.items() if status.hidden and not status.ran}
 
     @property
     def proven(self) -> Proven:
-        return Proven(self, (name for name, status in self._known.items() if status.proof == "proven"))
+        return Proven(self, (name for name, status in self.items() if status.proof == "proven"))
 
     @property
     def foreign(self) -> dict[str, Foreign]:
-        return {name: status.foreign for name, status in self._known.items() if status.foreign is not None}
+        return {name: status.foreign for name, status in self.items() if status.foreign is not None}
 
     def confirm(self) -> None:
         """The passes of a step are over: what they told holds, unless others of them contradict."""
-        for status in self._known.values():
+        for status in self.values():
             if status.proof == "told" and status.foreign is None:
                 status.proof = "proven"
 
     def start_step(self) -> None:
         """Forgets what belongs to the passes since the last step."""
-        for status in self._known.values():
+        for status in self.values():
             status.hidden = False
             if status.proof == "told":
                 status.proof = "open"
 
-    def reopen_proofs(self) -> None:
+    def forget_proofs(self) -> None:
         """Other modules may stand behind the names now."""
-        for status in self._known.values():
+        for status in self.values():
             if status.proof == "proven":
                 status.proof = "open"
 
@@ -91,5 +85,5 @@ class Proven(set[str]):
         self._statuses = statuses
 
     def clear(self) -> None:
-        self._statuses.reopen_proofs()
+        self._statuses.forget_proofs()
         super().clear()

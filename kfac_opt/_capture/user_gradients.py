@@ -27,9 +27,7 @@ class UserGradients:
     See :class:`kfac_opt._capture.source.GradientSource`.
     """
 
-    def __init__(
-        self, estimate: Estimate, due: Due, statuses: LayerStatuses, proving: Proving, sums: Sums, tally: Tally
-    ) -> None:
+    def __init__(self, estimate: Estimate, due: Due, statuses: LayerStatuses, proving: Proving, sums: Sums, tally: Tally) -> None:
         self.estimate, self.due, self.statuses = estimate, due, statuses
         self.proving, self.sums, self.tally = proving, sums, tally
 

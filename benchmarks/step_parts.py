@@ -179,9 +179,9 @@ class _Variant:
         self.model, self.optimizer, self.clock, self.label = model, optimizer, clock, label
         self.losses = workload.losses(model)
         self.dearest = 0.0
-        self.blocks = {n: t for n, t in optimizer._tracked.items() if isinstance(t.block, KroneckerBlock)}
+        self.blocks = {n: t for n, t in optimizer.blocks.items() if isinstance(t.block, KroneckerBlock)}
         self.factor_seconds = 0.0
-        for tracked in optimizer._tracked.values():
+        for tracked in optimizer.blocks.values():
             for method in ("add_input", "add_output", "update"):
                 setattr(tracked.block, method, self._counted(getattr(tracked.block, method)))
 
@@ -214,14 +214,14 @@ class _Variant:
         with shared_workspace():  # as in a step that refreshes them all
             for tracked in self.blocks.values():
                 start = self.clock.now()
-                tracked.block.refresh(self._state(tracked.weight), self.optimizer._damping(tracked))
+                tracked.block.refresh(self._state(tracked.weight), self.optimizer._workings.blocks.damping_of(tracked))
                 self.dearest = max(self.dearest, self.clock.now() - start)
 
     def _precondition(self) -> None:
         for tracked in self.blocks.values():
             gradients = [parameter.grad for parameter in tracked.parameters]
             matrix = tracked.block.layout.to_matrix(*gradients)  # type: ignore[arg-type]
-            tracked.block.precondition(self._state(tracked.weight), matrix, self.optimizer._damping(tracked))
+            tracked.block.precondition(self._state(tracked.weight), matrix, self.optimizer._workings.blocks.damping_of(tracked))
 
     def _state(self, weight: nn.Parameter) -> dict[str, Any]:
         return self.optimizer.state[weight]["curvature"]

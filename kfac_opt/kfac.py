@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from kfac_opt._curvature.block import DampingScale
-from kfac_opt._step.base import CurvatureOptimizer
 from kfac_opt._step.defaults import RULE_DEFAULTS, Auto, UpdateScale, given_or, given_or_auto
+from kfac_opt._step.optimizer import CurvatureOptimizer
 from kfac_opt._step.options import check_choice, check_number
 from kfac_opt._step.settings import CurvatureOptions
 from kfac_opt.bayes.posterior import Posterior, Width
@@ -229,15 +229,15 @@ class KFAC(CurvatureOptimizer):
         owner = "KFAC.posterior"
         for name, value in (("num_data", num_data), ("prior_precision", prior_precision), ("temperature", temperature)):
             check_number(owner, name, value, low=0.0, open_low=True)
-        model, width = self._require_model(), Width(num_data / temperature, prior_precision)
-        names, constant = parameter_names(model), padding_rows(model)
+        blocks, width = self._require_workings().blocks, Width(num_data / temperature, prior_precision)
+        names, constant = parameter_names(blocks.model), padding_rows(blocks.model)
         return build_posterior(
             owner,
-            model,
-            posterior_blocks(names, self._tracked.values(), self._block_state, lambda _: width, constant=constant),
+            blocks.model,
+            posterior_blocks(names, blocks.tracked.values(), blocks.state_of, lambda _: width, constant=constant),
             [parameter for group in self.param_groups for parameter in group["params"]],
             width=width,
             likelihood=self._likelihood,
-            seed=self._base_seed,
+            seed=self._seeds.base,
             num_data=num_data,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfac_opt import panels, products
+from kfac_opt._kernels import panels, products
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 

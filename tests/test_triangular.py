@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfac_opt import linalg, triangular, workspace
+from kfac_opt._curvature import linalg
+from kfac_opt._kernels import triangular, workspace
 
 DOUBLE = torch.float64
 

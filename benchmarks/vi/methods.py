@@ -21,6 +21,7 @@ from benchmarks.common.models import build_model
 from benchmarks.common.results import fingerprint
 from benchmarks.common.tasks import evaluate
 from benchmarks.common.train import Loop
+from benchmarks.vi import published
 from benchmarks.vi.config import MethodConfig, VIConfig
 from kfac_opt import KFAC, KFACVI, Posterior
 from kfac_opt.bayes.batchnorm import update_bn
@@ -266,7 +267,11 @@ def build(method: MethodConfig, settings: dict[str, Any], model: nn.Module, num_
     source = torch.Generator().manual_seed(seed)
     if method.kind == "kfac":
         return KFAC(model, generator=source, **{name: value for name, value in settings.items() if name != LAPLACE_PRIOR})
-    return KFACVI(model, generator=source, **{"num_data": num_data, **settings})
+    own = {name: value for name, value in settings.items() if name != published.SETTING}
+    variational = KFACVI(model, generator=source, **{"num_data": num_data, **own})
+    if published.SETTING in settings:
+        published.follow_published_rules_(variational, float(settings[published.SETTING]))
+    return variational
 
 
 def with_dropout(model: nn.Module, share: float) -> nn.Module:

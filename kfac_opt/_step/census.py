@@ -37,6 +37,7 @@ class Census:
 
     def __init__(self) -> None:
         self.settled = False  # on all ranks: nothing is left to agree about
+        self.said_uncounted = False  # that an estimate was due and no pass counted
         self._named: set[str] = set()
 
     def reopen(self) -> None:

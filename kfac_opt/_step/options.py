@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kfac_opt._capture.saying import say
 from kfac_opt._curvature.block import DampingScale
 from kfac_opt._step.defaults import UpdateScale
 
@@ -77,11 +77,9 @@ def check_keys(owner: str, group: Mapping[str, Any], known: Iterable[str]) -> No
     """Warns of a key that no option has: frameworks keep labels of their own in groups, and a misspelt option is one too."""
     unknown = sorted(set(group) - set(known) - set(FOREIGN_KEYS))
     if unknown:
-        warnings.warn(
+        say(
             f"{owner}: {unknown[0]!r} in a parameter group is no option of {owner} and changes nothing; its options are "
-            f"{sorted(known)}. Ignore this if another tool put it there.",
-            stacklevel=4,
-        )
+            f"{sorted(known)}. Ignore this if another tool put it there.")
 
 
 def check_group(owner: str, group: Mapping[str, Any], *, zero_damping: bool) -> None:
@@ -207,6 +205,39 @@ def parameter_groups(owner: str, model: nn.Module, params: object) -> list[dict[
     if not any(group["params"] for group in groups):
         raise ValueError(f"{owner}: the model has no trainable parameters. Unfreeze some with requires_grad_(True).")
     return groups
+
+
+def check_rule(owner: str, group: Mapping[str, Any], rule: str, *, gradient_rows: bool) -> None:
+    """Raises ValueError for what the update rule of the optimizer has no use for."""
+    if group.get("update_scale", rule) != rule:
+        raise ValueError(
+            f"{owner}: update_scale holds for all parameter groups, got {group['update_scale']!r} in one and {rule!r} for "
+            f"the optimizer. Pass it to {owner}(model, update_scale=...)."
+        )
+    if gradient_rows and rule == "rms" and float(group["momentum"]) > 0.0:
+        raise ValueError(
+            f"{owner}: gradient_rows has no effect with update_scale='rms' and momentum, whose average of gradients is no "
+            "product of the batch's rows. Leave it out, or take update_scale='natural'."
+        )
+
+
+def check_mask(mask: object) -> None:
+    """Raises TypeError for what is no bool tensor."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"masked: expected a bool tensor, got {found}. Convert it with mask.bool().")
+
+
+def base_seed(owner: str, generator: object) -> int:
+    """Drawn from a generator; 0 for None."""
+    if generator is None:
+        return 0
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{owner}: generator must be a torch.Generator or None, got {generator!r}. For a seed pass "
+            "generator=torch.Generator().manual_seed(...)."
+        )
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def check_gradient(owner: str, name: str, gradient: Tensor) -> None:

@@ -122,11 +122,12 @@ class ScaleFreeRule:
         counts = [0] * found.num_blocks
         for parameter, block in zip(found.parameters, found.blocks):
             counts[block] += parameter.numel()
-        return [self.size(layout) * math.sqrt(count) for layout, count in zip(found.layouts, counts)]
+        sizes = [self.size(layout, table=table) for layout, table in zip(found.layouts, found.tables)]
+        return [size * math.sqrt(count) for size, count in zip(sizes, counts)]
 
-    def size(self, layout: MatrixLayout) -> float:
+    def size(self, layout: MatrixLayout, *, table: bool = False) -> float:
         """``r``."""
-        if layout.kind != "matrix":
+        if table or layout.kind not in ("matrix", "transposed"):
             return self.vector
         _, out_dim, in_dim = layout.shape
         in_dim -= layout.has_bias
@@ -178,7 +179,7 @@ def _active_shares(found: Directions, dtype: torch.dtype) -> Tensor:
     """
     shares = torch.ones(found.num_blocks, dtype=dtype, device=found.parameters[0].device)
     for direction, block in zip(found.directions, found.blocks):
-        if found.layouts[block].kind == "transposed":
+        if found.tables[block]:
             rows = torch.linalg.vector_norm(direction, dim=-1, dtype=dtype)
             length = torch.linalg.vector_norm(rows).clamp_min(torch.finfo(dtype).tiny)
             shares[block] = rows.sum() / length / math.sqrt(len(rows))

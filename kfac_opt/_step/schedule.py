@@ -5,8 +5,10 @@ Resuming at any step therefore needs no further state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+INTERVALS = ("factor_interval", "inverse_interval")
 STAGGER_FROM = 16  # steps in a round from which its refreshes are spread
 EVEN_FROM = 5e10  # cost of all refreshes together (cubes of sizes; a second and more of one core) from which every round is
 
@@ -59,3 +61,49 @@ def refresh_phases(costs: Sequence[float], *, staggered: bool) -> list[float]:
         phases.append(before / total if cost > 0 else 0.0)
         before += cost
     return phases
+
+
+class Scheduled(Protocol):
+    """What the schedule needs to know of a block: its parameter group."""
+
+    @property
+    def group(self) -> int: ...
+
+
+class Schedule:
+    """The schedule of the blocks of a model.
+
+    The intervals are those in force when the hooks were set for a step (:meth:`read`): one that is changed afterwards counts
+    from the next step.
+
+    Args:
+        staggered: spread the refreshes of a round over its steps; of every round, where all together cost ``EVEN_FROM``.
+        ramp_steps: early steps that all take an estimate; 0 switches the ramp of the inverses off as well.
+    """
+
+    def __init__(self, *, staggered: bool, ramp_steps: int) -> None:
+        self.staggered, self.ramp_steps = staggered, ramp_steps
+        self._intervals: list[dict[str, int]] = []
+        self._phases: dict[str, float] = {}
+        self._groups: dict[str, int] = {}
+        self._even = False
+
+    def set_blocks(self, blocks: Mapping[str, Scheduled], costs: Mapping[str, float]) -> None:
+        """The blocks, and what a refresh of each costs."""
+        self._groups = {name: entry.group for name, entry in blocks.items()}
+        phases = refresh_phases([costs[name] for name in blocks], staggered=self.staggered)
+        self._phases = dict(zip(blocks, phases))
+        self._even = self.staggered and sum(costs.values()) >= EVEN_FROM
+
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the intervals that stand in the groups now."""
+        self._intervals = [{name: int(group[name]) for name in INTERVALS} for group in groups]
+
+    def estimates(self, name: str, step: int) -> bool:
+        """Whether this block takes an estimate at this step."""
+        return factors_due(step, self._intervals[self._groups[name]]["factor_interval"], self.ramp_steps)
+
+    def refreshes(self, name: str, step: int) -> bool:
+        """Whether this block is refreshed at this step."""
+        interval = self._intervals[self._groups[name]]["inverse_interval"]
+        return refresh_due(step, interval, self.ramp_steps, self._phases[name], even=self._even)

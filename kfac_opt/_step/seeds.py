@@ -25,3 +25,18 @@ def seeded(seed: int, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     return generator
+
+
+class Seeds:
+    """The base seed of an optimizer, and the private generators that hang on it."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+
+    def derived(self, *purpose: int) -> int:
+        """See :func:`derive_seed`."""
+        return derive_seed(self.base, *purpose)
+
+    def generator(self, device: torch.device, *purpose: int) -> torch.Generator:
+        """From the base seed and the purpose alone."""
+        return seeded(self.derived(*purpose), device)

@@ -13,6 +13,7 @@ from kfac_opt._capture.collector import FisherKind
 from kfac_opt._curvature.block import DampingScale
 from kfac_opt._step import options as checks
 from kfac_opt._step.defaults import UpdateScale
+from kfac_opt._step.tracking import BlockOptions
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 
 
@@ -39,7 +40,20 @@ class CurvatureOptions:
     foreach: bool | None = None
     process_group: ProcessGroup | None = None
 
+    def for_blocks(self, *, needs_basis: bool) -> BlockOptions:
+        """What decides the kind of a block."""
+        return BlockOptions(
+            self.damping_style,
+            self.weight_sharing,
+            self.max_factor_dim,
+            self.factor_dtype,
+            needs_basis,
+            self.inverse_dtype,
+            self.max_block_dim,
+        )
+
     def check(self, owner: str) -> None:
+        """Raises ValueError or TypeError for a value that no optimizer can have."""
         for name, allowed in checks.CHOICES.items():
             checks.check_choice(owner, name, getattr(self, name), allowed, checks.REMEDIES.get(name, ""))
         checks.check_count(owner, "label_samples", self.label_samples)

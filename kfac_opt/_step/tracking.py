@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 from torch import nn
 
 from kfac_opt._capture.collector import Foreign
+from kfac_opt._capture.saying import say
 from kfac_opt._curvature.block import CurvatureBlock
 from kfac_opt._curvature.diagonal import DiagonalBlock, NormBlock
 from kfac_opt._curvature.eigenbasis import EigenbasisBlock
 from kfac_opt._curvature.kronecker import DampingStyle, KroneckerBlock
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
 from kfac_opt.layers.linear import LinearAdapter
-
-USER_LINE = 8  # frames between a warning and the call of the optimizer's constructor
 
 
 @dataclass
@@ -167,25 +165,20 @@ def _announce(owner: str, alone: list[str], tracked: dict[str, TrackedBlock]) ->
         if not block.dense_sides[side] and not (side == "input" and block.layer.diagonal_input)
     ]
     if alone:
-        warnings.warn(
+        say(
             f"{owner}: no layer adapter covers {', '.join(repr(name) for name in alone)}; diagonal curvature "
-            "(Gauss-Newton-Bartlett) is used there. register_layer adds adapters.",
-            stacklevel=USER_LINE,
+            "(Gauss-Newton-Bartlett) is used there. register_layer adds adapters."
         )
     if sides:
-        warnings.warn(
-            f"{owner}: larger than max_factor_dim, so that a diagonal factor is used: {', '.join(sides)}.",
-            stacklevel=USER_LINE,
-        )
+        say(f"{owner}: larger than max_factor_dim, so that a diagonal factor is used: {', '.join(sides)}.")
 
 
 def describe_unused(owner: str, names: list[str]) -> None:
     """Says that layers were used through their weights only."""
     if names:
-        warnings.warn(
+        say(
             f"{owner}: the forward of {_listed(names)} never ran although the weight has a gradient (it is used through "
-            "its weight only); diagonal curvature is used there from now on.",
-            stacklevel=3,
+            "its weight only); diagonal curvature is used there from now on."
         )
 
 
@@ -194,7 +187,7 @@ def describe_foreign(owner: str, reasons: Mapping[str, Foreign]) -> None:
     for reason, words in FOREIGN.items():
         names = [name for name, own in reasons.items() if own == reason]
         if names:
-            warnings.warn(f"{owner}: {words.format(_listed(names))}; diagonal curvature is used there from now on.", stacklevel=3)
+            say(f"{owner}: {words.format(_listed(names))}; diagonal curvature is used there from now on.")
 
 
 FOREIGN: dict[Foreign, str] = {
@@ -216,11 +209,10 @@ def _listed(names: Iterable[str]) -> str:
 def describe_apart(owner: str, names: list[str]) -> None:
     """Says which parameters the Fisher matrix does not know."""
     if names:
-        warnings.warn(
+        say(
             f"{owner}: the gradient of {', '.join(map(repr, names))} does not come through the logits that the Fisher matrix "
             "belongs to (another output of the model, an auxiliary loss): there is no curvature, the plain gradient is used. "
-            "outputs= picks other logits, or joins several of one shape: outputs=lambda out: torch.cat([out.a, out.b]).",
-            stacklevel=3,
+            "outputs= picks other logits, or joins several of one shape: outputs=lambda out: torch.cat([out.a, out.b])."
         )
 
 

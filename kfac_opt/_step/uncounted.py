@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 from kfac_opt._capture.passes import Missed
+from kfac_opt._capture.saying import say
 
 REASONS: dict[Missed, str] = {  # the likeliest first
     "no backward": "the backward never came through the tensor that is taken for the model's output. Let outputs= pick the "
@@ -25,8 +24,7 @@ REASONS: dict[Missed, str] = {  # the likeliest first
 def describe_uncounted(owner: str, missed: set[Missed]) -> None:
     """Says once why no pass counts, as far as that can be told."""
     reason = next(words for known, words in REASONS.items() if known in missed)
-    warnings.warn(
+    say(
         f"{owner}: an estimate of the curvature is due and there are gradients, but no pass since the last step counts: "
-        f"{reason}. Until then the curvature stays as it is (the plain gradient, where there is none yet).",
-        stacklevel=8,
+        f"{reason}. Until then the curvature stays as it is (the plain gradient, where there is none yet)."
     )

@@ -27,6 +27,7 @@ class Directions:
             ``gradients`` are those that were preconditioned.
         products: ``<V, d>`` of each block.
         out_dims, layouts: output size and shape of each block.
+        tables: whether it is one of rows of which a batch reads some (an embedding).
     """
 
     parameters: list[Tensor] = field(default_factory=list)
@@ -36,13 +37,15 @@ class Directions:
     products: list[Tensor] = field(default_factory=list)
     out_dims: list[int] = field(default_factory=list)
     layouts: list[MatrixLayout] = field(default_factory=list)
+    tables: list[bool] = field(default_factory=list)
 
     @property
     def num_blocks(self) -> int:
         return len(self.products)
 
-    def add_block(self, product: Tensor, layout: MatrixLayout) -> None:
+    def add_block(self, product: Tensor, layout: MatrixLayout, *, table: bool = False) -> None:
         self.products.append(product)
+        self.tables.append(table)
         self.out_dims.append(_num_outputs(layout))
         self.layouts.append(layout)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kfac_opt._step import options as checks
-from kfac_opt.bayes.posterior import NoiseSource, PosteriorBlock, PosteriorDamping, load_weights_
+from kfac_opt.bayes.posterior import PosteriorDamping, load_weights_
 
 
 @dataclass(frozen=True)
@@ -23,80 +22,22 @@ class VariationalOptions:
     antithetic: bool = True
     posterior_damping: PosteriorDamping = "exact"
     prior_gradient: Literal["mean", "sample"] = "mean"
-    weight_decay_rule: Literal["lr", "step"] = "lr"
-    momentum_rule: Literal["constant", "lr"] = "constant"
     batch_statistics: Literal["step", "pass"] = "step"
     sample_group: dist.ProcessGroup | None = None
 
     def check(self, owner: str) -> None:
+        """Raises ValueError for a value that is none of the choices."""
         checks.check_count(owner, "num_samples", self.num_samples)
         checks.check_process_group(owner, "sample_group", self.sample_group)
         for name, allowed in (
             ("posterior_damping", ("exact", "factored")),
             ("prior_gradient", ("mean", "sample")),
-            ("weight_decay_rule", ("lr", "step")),
-            ("momentum_rule", ("constant", "lr")),
             ("batch_statistics", ("step", "pass")),
         ):
             checks.check_choice(owner, name, getattr(self, name), allowed)
 
 
-@dataclass(frozen=True)
-class Covariances:
-    """Covariances of the training draws, kept over the steps that leave them as they are.
-
-    Attributes:
-        key: what they were made from.
-        blocks: those of all layers.
-        source: draws the noise.
-    """
-
-    key: object
-    blocks: list[PosteriorBlock]
-    source: NoiseSource
-
-
-class NoiseAhead:
-    """Noise of the coming draws, made several at a time.
-
-    A draw is a dozen small calls, and their code has left the caches whenever a network has run in between: eight in a
-    row cost two thirds of eight single ones (``benchmarks/kfac_vi_time.py``, LeNet5). Every draw has a generator of its
-    own and is computed as if it were alone, so that nothing depends on how many are made at once: there is nothing to
-    save. Twice as many as the last time while none was made for nothing.
-    """
-
-    MOST, MOST_BYTES = 8, 2**22
-
-    def __init__(self) -> None:
-        self._source: NoiseSource | None = None
-        self._made: dict[tuple[int, int], dict[str, Tensor]] = {}
-        self._number = 1
-
-    def noise(
-        self,
-        source: NoiseSource,
-        coming: Iterable[tuple[int, int]],
-        make_generator: Callable[[int, int], torch.Generator],
-    ) -> dict[str, Tensor]:
-        """The noise of the first of ``coming``, the (step, pair) numbers of the draws in the order they will be needed."""
-        coming = iter(coming)
-        first = next(coming)
-        outdated = [key for key in self._made if source is not self._source or key[0] < first[0]]
-        if outdated:
-            self._number = 1
-        for key in outdated:
-            del self._made[key]
-        self._source = source
-        if first not in self._made:
-            room = min(self.MOST, self.MOST_BYTES // max(1, source.num_bytes)) if source.on_host else 1
-            number = max(1, min(self._number, room - len(self._made)))
-            keys = [first, *islice(coming, number - 1)]
-            self._made.update(zip(keys, source.draws([make_generator(*key) for key in keys])))
-            self._number = min(2 * self._number, self.MOST)
-        return self._made.pop(first)
-
-
-class Sampler:
+class Draws:
     """Draws of one ``weight_samples`` loop.
 
     Args:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from kfac_opt._curvature.block import DampingScale
+from kfac_opt._curvature.block import Damping, DampingScale
+from kfac_opt._step import options as checks
+from kfac_opt._step.optimizer import CurvatureOptimizer
 from kfac_opt._step.settings import CurvatureOptions
+from kfac_opt._step.suspended import Suspended
+from kfac_opt._step.workings import Workings
 from kfac_opt.bayes.draws import VariationalOptions
-from kfac_opt.bayes.posterior import PosteriorDamping
-from kfac_opt.bayes.variational import VariationalOptimizer
+from kfac_opt.bayes.posterior import Posterior, PosteriorDamping
+from kfac_opt.bayes.prior import delta, with_prior
+from kfac_opt.bayes.trained_posterior import TrainedPosterior
+from kfac_opt.bayes.weight_sampler import WeightSampler
 from kfac_opt.likelihoods import Likelihood, LikelihoodName
 
 
-class KFACVI(VariationalOptimizer):
+class KFACVI(CurvatureOptimizer):
     r"""Trains a Gaussian posterior over all weights: KFAC with weight samples.
 
     The mean follows the preconditioned gradient, taken at weights drawn from the posterior; the covariance is the
@@ -57,9 +65,6 @@ class KFACVI(VariationalOptimizer):
         posterior_damping: ``"exact"`` adds δ and floor to the product of eigenvalues; ``"factored"`` splits them
             between the factors of Kronecker blocks, as published, which is too narrow in undetermined directions.
         prior_gradient: ``"mean"`` adds ``δ μ`` to the gradient, ``"sample"`` ``δ`` times the mean of the drawn weights.
-        weight_decay_rule: ``"lr"``: the decay follows the learning rate; ``"step"``: ``(weight_decay / lr) μ`` enters
-            the momentum with the direction, so that the decay per step does not follow it (as published).
-        momentum_rule: ``"constant"``, or ``"lr"``: ``momentum · lr / base_lr``, ``base_lr`` the ``lr`` given here.
         batch_statistics: of BatchNorm layers: ``"step"``: the first pass of a step that is not dropped alone moves the
             running statistics; ``"pass"``: every such pass does.
         sample_group: ranks among which the passes of a step are divided: each has the same batch and other draws.
@@ -73,6 +78,9 @@ class KFACVI(VariationalOptimizer):
     Raises:
         ValueError, TypeError, RuntimeError: at construction, as for :class:`kfac_opt.KFAC`.
     """
+
+    needs_basis = True
+    zero_damping = True
 
     def __init__(
         self,
@@ -91,8 +99,6 @@ class KFACVI(VariationalOptimizer):
         antithetic: bool = True,
         posterior_damping: PosteriorDamping = "exact",
         prior_gradient: Literal["mean", "sample"] = "mean",
-        weight_decay_rule: Literal["lr", "step"] = "lr",
-        momentum_rule: Literal["constant", "lr"] = "constant",
         batch_statistics: Literal["step", "pass"] = "step",
         sample_group: ProcessGroup | None = None,
         likelihood: LikelihoodName | Likelihood = "categorical",
@@ -131,7 +137,6 @@ class KFACVI(VariationalOptimizer):
             "prior_precision": prior_precision,
             "temperature": temperature,
             "posterior_floor": posterior_floor,
-            "base_lr": lr,
             "nesterov": nesterov,
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,
@@ -160,14 +165,134 @@ class KFACVI(VariationalOptimizer):
             foreach=foreach,
             process_group=process_group,
         )
-        variational = VariationalOptions(
+        self._variational = VariationalOptions(
             num_samples=num_samples,
             antithetic=antithetic,
             posterior_damping=posterior_damping,
             prior_gradient=prior_gradient,
-            weight_decay_rule=weight_decay_rule,
-            momentum_rule=momentum_rule,
             batch_statistics=batch_statistics,
             sample_group=sample_group,
         )
-        super().__init__(model, params, defaults, options, variational, generator)
+        self._variational.check(type(self).__name__)
+        super().__init__(model, params, defaults, options, generator)
+
+    # -- passes with drawn weights ------------------------------------------------------------------------------
+
+    def weight_samples(self, num_samples: int | None = None) -> Suspended:
+        """Loop over passes: inside the body the weights are a draw from the posterior, afterwards the means again.
+
+        Run forward and backward in the body. After the loop every ``.grad`` of the model, also where another optimizer
+        holds the parameter, is what it was before plus the mean over the passes, and the curvature statistics of the
+        passes are joined. A pass that is left by an exception or ``break`` is dropped, with what it did to running
+        statistics; one whose gradient is not finite is dropped and counted (``dropped_samples``); if all are
+        dropped, the sum of their gradients is left for a gradient scaler to find, and a ``step()`` that is taken with
+        it leaves the weights alone. Before the first estimate all passes run at the mean.
+
+        Args:
+            num_samples: number of passes; None: that given at construction. With a ``sample_group`` it is the number
+                over all ranks, and this rank's share is run.
+
+        Yields:
+            The number of the draw.
+
+        Raises:
+            RuntimeError: inside another ``weight_samples()`` or ``sampled_params()``.
+            ValueError: for fewer samples than ranks, or a batch with more terms than ``num_data``.
+        """
+        return Suspended(self._passes(num_samples))
+
+    def _passes(self, num_samples: int | None = None) -> Generator[int, None, None]:
+        number = self._variational.num_samples if num_samples is None else num_samples
+        checks.check_count(type(self).__name__, "weight_samples: num_samples", number)
+        self._ready_workings("weight_samples()")
+        return self._sampler.passes(self._sampler.share_of(number))
+
+    def sampled_params(self, generator: torch.Generator | None = None) -> AbstractContextManager[None]:
+        """One draw from the posterior while the body runs; the means come back bit for bit, also if it raises.
+
+        Args:
+            generator: of the draw; None: a private one that neither disturbs nor repeats the training draws.
+
+        Raises:
+            RuntimeError: before the first estimate, or inside another sampling context.
+        """
+        self._ready_workings("sampled_params()")
+        return self._sampler.one_draw(generator)
+
+    @property
+    def dropped_samples(self) -> int:
+        """Completed passes that were left out because their loss or gradient was not finite."""
+        return self._sampler.dropped
+
+    def posterior(self) -> Posterior:
+        """The posterior of the current curvature around the current weights, with a copy of everything it needs.
+
+        Raises:
+            RuntimeError: before the first estimate, or while the weights are a draw.
+        """
+        self._require_workings()
+        self._sampler.refuse_inside("posterior()")
+        return self._sampler.posterior.copy(self._likelihood, self._seeds)
+
+    # -- the step: what the sampler and the prior add to it ------------------------------------------------------
+
+    def _ready_workings(self, what: str = "step()") -> Workings:
+        workings = super()._ready_workings(what)
+        self._sampler.refuse_inside(what)
+        return workings
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Tensor:
+        return self._sampler.evaluate(closure, self._passes())
+
+    def _advance(self, workings: Workings) -> None:
+        self._sampler.begin_step()
+        self._noise = self._sampler.take_mean_noise()
+        super()._advance(workings)
+        self._sampler.end_step()
+
+    def _gradients(self, group: dict[str, Any], *, raw: bool = False) -> dict[int, Tensor]:
+        """Those of the loss and the prior; none in a step that has no finite one."""
+        if self._sampler.lost and not raw:
+            return {}
+        found = super()._gradients(group, raw=raw)
+        members = {id(parameter): parameter for parameter in group["params"]}
+        return {key: with_prior(group, members[key], gradient, self._noise.get(key)) for key, gradient in found.items()}
+
+    def _damping(self) -> Callable[[Mapping[str, Any]], Damping]:
+        scale = self._options.damping_scale
+        return lambda group: Damping(float(group["damping"]), scale, delta(group))
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    def _attach(self, model: nn.Module, flat: set[str]) -> None:
+        super()._attach(model, flat)
+        workings = self._require_workings()
+        posterior = TrainedPosterior(workings.blocks, self._variational.posterior_damping)
+        self._sampler = WeightSampler(posterior, workings.capture, self._seeds, self._variational)
+        workings.when_blocks_change(posterior.follow_blocks)
+
+    def _check_values(self, group: Mapping[str, Any]) -> None:
+        super()._check_values(group)
+        owner = type(self).__name__
+        for name in ("num_data", "prior_precision", "temperature"):
+            checks.check_number(owner, name, group[name], low=0.0, open_low=True)
+        if group["posterior_floor"] is not None:
+            checks.check_number(owner, "posterior_floor", group["posterior_floor"], low=0.0)
+        if group["curvature"] == "identity":
+            raise ValueError(
+                f"{owner}: curvature='identity' has no posterior to draw weights from. Use 'diagonal', or "
+                "torch.optim.SGD for these parameters."
+            )
+
+    def _install(self, saved: dict[str, Any]) -> None:
+        super()._install(saved)
+        if self._workings is not None:
+            self._sampler.drop_passes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group can neither be pickled nor copied.
+        return {**super().__getstate__(), "_variational": replace(self._variational, sample_group=None)}
+
+    def _reattach(self, original: CurvatureOptimizer, model: nn.Module, memo: dict[int, Any]) -> None:
+        self._variational = cast(KFACVI, original)._variational
+        super()._reattach(original, model, memo)

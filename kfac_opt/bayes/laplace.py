@@ -23,8 +23,9 @@ from kfac_opt._capture.outputs import pick_logits
 from kfac_opt._capture.wrappers import unwrapped
 from kfac_opt._curvature.block import Damping, State
 from kfac_opt._curvature.eigenbasis import EigenbasisBlock
-from kfac_opt._step.estimation import Estimation
+from kfac_opt._step.curvature import Curvature
 from kfac_opt._step.options import check_model, check_number, parameter_groups
+from kfac_opt._step.placement import Replicated
 from kfac_opt._step.seeds import LABELS, derive_seed, seeded
 from kfac_opt._step.tracking import BlockOptions, TrackedBlock, track
 from kfac_opt.bayes.posterior import Posterior, PosteriorBlock, Width
@@ -113,7 +114,7 @@ def fit_laplace(
         posterior_blocks(
             parameter_names(model),
             fit.tracked.values(),
-            lambda entry: fit.states[entry.name],
+            fit.state_of,
             lambda _: width,
             constant=padding_rows(model),
         ),
@@ -129,29 +130,62 @@ def fit_laplace(
     return posterior
 
 
+class _Rounds:
+    """Every block takes the estimate of a round; bases are made in the first round alone."""
+
+    first = True
+
+    def set_blocks(self, blocks: Mapping[str, TrackedBlock], costs: Mapping[str, float]) -> None:
+        """Nothing depends on them."""
+
+    def estimates(self, name: str, step: int) -> bool:
+        """Always."""
+        return True
+
+    def refreshes(self, name: str, step: int) -> bool:
+        """Scales are taken in the bases of the first round."""
+        return self.first
+
+
 class _Fit:
-    """Curvature over whole rounds through the data."""
+    """Curvature over whole rounds through the data: blocks and their state, with no optimizer around them."""
 
     def __init__(self, model: nn.Module, collector: Collector, options: BlockOptions) -> None:
         self.model, self.collector, self.options = model, collector, options
         self.tracked: dict[str, TrackedBlock] = {}
-        self.states: dict[str, State] = {}
+        self.groups: list[dict[str, Any]] = []
+        self._states: dict[str, State] = {}
+        self._rounds = _Rounds()
+
+    def states(self) -> dict[str, State]:
+        """Of all blocks."""
+        return self._states
+
+    def known_states(self) -> dict[str, State]:
+        """Of all blocks."""
+        return self._states
+
+    def state_of(self, entry: TrackedBlock) -> State:
+        """Of one block."""
+        return self._states[entry.name]
+
+    def damping_of(self, entry: TrackedBlock) -> Damping:
+        """Inverses are not asked for: bases alone."""
+        return Damping(1.0, "absolute")
 
     def run(self, loader: Batches, curvature: str, parameters: list[dict[str, Any]]) -> tuple[int, float]:
         """One round; bases of an earlier one are taken over. Returns ``N`` and the log-likelihood."""
-        # Step 0 refreshes the bases; at step 1 of an interval of two they stay, so that scales can be taken in them.
-        step = 1 if self.states else 0
-        fixed = {"curvature": curvature, "factor_interval": 1, "inverse_interval": 2, "factor_decay": 0.0}
-        groups: list[dict[str, Any]] = [{"params": group["params"], **fixed} for group in parameters]
-        self.tracked = track("fit_laplace", self.model, groups, self.options)
-        before, self.states = self.states, {}
+        self._rounds.first = not self._states
+        self.groups = [{"params": group["params"], "curvature": curvature, "factor_decay": 0.0} for group in parameters]
+        self.tracked = track("fit_laplace", self.model, self.groups, self.options)
+        before, self._states = self._states, {}
         for name, entry in self.tracked.items():
-            self.states[name] = entry.block.init_state(entry.weight.device)
+            self._states[name] = entry.block.init_state(entry.weight.device)
             if isinstance(entry.block, EigenbasisBlock):
-                self.states[name].update(before[name])
-        estimation = Estimation(self.tracked, False, 0, self.collector.process_group)
+                self._states[name].update(before[name])
+        fitted = Curvature(self, self._rounds, Replicated(self.collector.process_group))
         try:
-            in_force = {n: s if self.tracked[n].block.ready(s) else None for n, s in self.states.items()}
+            in_force = {n: s if self.tracked[n].block.ready(s) else None for n, s in self._states.items()}
             self.collector.attach(self.tracked, in_force)
             log_likelihood = torch.zeros((), dtype=torch.float64)
             with torch.enable_grad():
@@ -164,7 +198,8 @@ class _Fit:
             if not int(totals[1]):
                 raise ValueError("fit_laplace: the loader has no batches, or none with finite outputs.")
             with torch.no_grad():
-                estimation.advance(self.states, pending, step, groups, lambda _: Damping(1.0, "absolute"))
+                fitted.update(pending, 0)
+                fitted.refresh(0)
         finally:
             self.collector.detach()
         return int(totals[1]), float(totals[0])

@@ -58,7 +58,7 @@ class EarlySteps:
 
 def _num_refreshes(optimizer: Any, number: int) -> float | None:
     """How often blocks of this group were refreshed so far; None where nothing is counted."""
-    blocks = [tracked for tracked in getattr(optimizer, "_tracked", {}).values() if tracked.group == number]
+    blocks = [tracked for tracked in getattr(optimizer, "blocks", {}).values() if tracked.group == number]
     states = [optimizer.state[tracked.weight].get("curvature", {}) for tracked in blocks]
     counts = [float(state["refreshes"]) for state in states if "refreshes" in state]
     return sum(counts) if counts else None

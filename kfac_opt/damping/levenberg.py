@@ -172,7 +172,7 @@ class LevenbergMarquardt(DampingRule):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     terms.append(sign * torch.dot(parameter.grad.flatten(), steps[id(parameter)].flatten()))
-        for name, tracked in optimizer._tracked.items():
+        for name, tracked in optimizer.blocks.items():
             parts = [steps[id(parameter)] for parameter in tracked.parameters]
             view, layout = optimizer.curvature[name], tracked.block.layout
             matrix = layout.to_matrix(parts[0], parts[1] if len(parts) > 1 else None).to(tracked.block.dtype)

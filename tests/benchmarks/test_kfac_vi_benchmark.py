@@ -39,7 +39,7 @@ methods:
   drawn laplace: {kind: kfac, laplace: samples}
   chosen laplace: {kind: kfac, laplace: linearized, settings: {laplace_prior: 50.0}}
   vi: {kind: kfac_vi, num_samples: 2}
-  rules: {kind: kfac_vi, num_samples: 0, settings: {momentum_rule: lr, weight_decay_rule: step, weight_decay: 1e-3}}
+  rules: {kind: kfac_vi, num_samples: 0, settings: {published_decay: 1e-3}}
   broken: {kind: sgd, settings: {lr: 1.0e+30}}
 """
 

@@ -35,7 +35,7 @@ def run(model, optimizer, passes, disturb=lambda x: None):
         x, y = data(number)
         nn.functional.cross_entropy(model(x), y).backward()
         disturb(x)
-    waiting = sum(len(statistics.late) for statistics in optimizer._collector.pending.statistics.values())
+    waiting = sum(len(statistics.late) for statistics in optimizer._workings.capture.pending.statistics.values())
     optimizer.step()
     return waiting, [optimizer.curvature[name].input_factor for name in ("0", "2", "3")]
 
@@ -57,9 +57,9 @@ def test_what_is_kept_never_outgrows_the_sum():
     for number in range(40):
         x, y = data(number)
         nn.functional.cross_entropy(model(x), y).backward()
-        for name, statistics in optimizer._collector.pending.statistics.items():
+        for name, statistics in optimizer._workings.capture.pending.statistics.items():
             kept = sum(part.call.x.nbytes for part in statistics.late)
-            assert kept <= 8 * math.prod(optimizer._tracked[name].block.sides["input"].sum_shape)
+            assert kept <= 8 * math.prod(optimizer.blocks[name].block.sides["input"].sum_shape)
 
 
 def test_an_input_that_is_overwritten_before_the_step_changes_nothing():
@@ -92,9 +92,9 @@ def test_memory_of_an_estimate_holds_one_large_sum_at_a_time():
     model, optimizer = make()
     x, y = data(0)
     nn.functional.cross_entropy(model(x), y).backward()
-    pending = optimizer._collector.pending.statistics
+    pending = optimizer._workings.capture.pending.statistics
     assert [name for name, statistics in pending.items() if "input" in statistics.sums] == []
-    blocks = [(optimizer._tracked[name].block, statistics) for name, statistics in pending.items()]
+    blocks = [(optimizer.blocks[name].block, statistics) for name, statistics in pending.items()]
     seen = []
     for block, _ in blocks:
         form = block.update

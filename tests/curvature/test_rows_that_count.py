@@ -296,7 +296,7 @@ def test_inputs_wait_for_the_gradients_only_under_a_mask(masked):
     optimizer = bare_kfac(model)
 
     def look(_module: nn.Module, _args: tuple[torch.Tensor, ...]) -> None:
-        waiting.append(sum(call.x.numel() for call in optimizer._collector._running.current.calls["inner"]))
+        waiting.append(sum(call.x.numel() for call in optimizer._workings.capture._running.current.calls["inner"]))
 
     for _ in range(2):  # the first pass is also held against the adapters
         handle = model.head.register_forward_pre_hook(look)

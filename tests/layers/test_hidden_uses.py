@@ -367,7 +367,7 @@ def test_a_bias_alone_proves_nothing(fisher):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_step(optimizer, model, torch.zeros_like(x), y)
-    assert optimizer._collector.proven == {"head"}
+    assert optimizer._workings.capture.proven == {"head"}
     with pytest.warns(UserWarning, match=WARNING.format("'inner'")):
         train_step(optimizer, model, x, y)
 
@@ -376,10 +376,10 @@ def test_a_proof_holds_until_the_layer_is_replaced():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     optimizer = KFAC(model)
     train_step(optimizer, model, *data(dtype=torch.float32))
-    assert optimizer._collector.proven == {"0", "2"}
+    assert optimizer._workings.capture.proven == {"0", "2"}
     model[2] = nn.Linear(4, 3)
     optimizer.add_param_group({"params": list(model[2].parameters())})
-    assert optimizer._collector.proven <= {"0"}
+    assert optimizer._workings.capture.proven <= {"0"}
 
 
 CONVOLUTIONS = {

@@ -148,7 +148,7 @@ def test_a_layer_derived_without_a_gradient_yet_is_judged_later():
     for _ in range(5):
         train_step(optimizer, model, *data(dtype=torch.float32))
     assert "inner" in optimizer.curvature
-    assert optimizer._collector.proven == {"inner", "outer"}
+    assert optimizer._workings.capture.proven == {"inner", "outer"}
 
 
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])

@@ -19,7 +19,7 @@ ERRORS = (TypeError, ValueError, RuntimeError)
 NAN, INF = float("nan"), float("inf")
 
 RANGES = [
-    *[("lr", v) for v in (-0.1, NAN, INF, "0.1", None)],
+    *[("lr", v) for v in (-0.1, NAN, INF, "0.1")],
     *[("momentum", v) for v in (-0.1, 1.0, 1.5, NAN)],
     *[("damping", v) for v in (0.0, -1e-3, NAN, INF, "small")],
     *[("weight_decay", v) for v in (-0.1, NAN, INF)],

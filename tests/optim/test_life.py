@@ -148,7 +148,7 @@ def interrupted(kind: dict[str, Any], before: int, number: int, call: str) -> bo
             getattr(optimizer, call)()
     except KeyboardInterrupt:
         pass
-    steps = optimizer._step_count()
+    steps = optimizer._workings.blocks.step_count()
     assert steps in (before, before + 1), at.where
     for turn in range(4):
         optimizer.zero_grad()
@@ -159,7 +159,7 @@ def interrupted(kind: dict[str, Any], before: int, number: int, call: str) -> bo
             optimizer.step()
         except RuntimeError as error:
             raise AssertionError(f"after an interrupt at {at.where}, step {turn}: {error}") from error
-    assert optimizer._step_count() == steps + 4, at.where
+    assert optimizer._workings.blocks.step_count() == steps + 4, at.where
     for name in optimizer.curvature:
         assert torch.isfinite(optimizer.curvature[name].to_dense()).all(), (at.where, name)
     view = optimizer.curvature["0"]
@@ -194,10 +194,10 @@ def test_the_estimate_after_an_exception_in_the_step_is_taken(monkeypatch):
     for _ in range(2):
         train_step(optimizer, model, *data())
     with monkeypatch.context() as patch:
-        patch.setattr(type(optimizer), "_step_group", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+        patch.setattr(optimizer._rule, "step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
         with pytest.raises(torch.OutOfMemoryError):
             train_step(optimizer, model, *data())
-    assert optimizer._step_count() == 3
+    assert optimizer._workings.blocks.step_count() == 3
     weight = lambda: int(optimizer.state[model[0].weight]["curvature"]["estimates"])  # noqa: E731
     before = weight()
     train_step(optimizer, model, *data())
@@ -210,11 +210,12 @@ def test_a_step_may_be_tried_again_with_the_same_gradients(monkeypatch):
     x, y = data()
     F.cross_entropy(model(x), y).backward()
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer._estimation, "advance", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+        fails = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))  # noqa: E731
+        patch.setattr(optimizer._workings.curvature, "update", fails)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
     optimizer.step()
-    assert optimizer._step_count() == 1
+    assert optimizer._workings.blocks.step_count() == 1
     train_step(optimizer, model, x, y)
     assert int(optimizer.state[model[0].weight]["curvature"]["estimates"]) == 1
 
@@ -257,7 +258,7 @@ def test_the_pass_after_an_exception_in_the_forward_counts(error: BaseException,
 def test_an_interrupt_of_a_pass_in_one_thread_does_not_end_that_of_another():
     model = Interrupting()
     optimizer = KFAC(model, **SETTINGS)
-    collector: Collector = optimizer._collector
+    collector: Collector = optimizer._workings.capture
     model.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         model(data()[0])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_opt import KFAC
+from kfac_opt._step.rules import RmsRule
 from kfac_opt._step.scale_free import ScaleFreeRule, StepSettings, averaged_noise
 from kfac_opt._step.update import Directions
 from kfac_opt.damping import LevenbergMarquardt, TrustRegionDamping
@@ -236,7 +237,7 @@ def test_rows_of_an_embedding_that_no_batch_holds_do_not_lengthen_the_steps_of_t
         direction[:8] = torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]], dtype=DOUBLE).repeat(4, 1)
         parameter = torch.ones(vocabulary, 4, dtype=DOUBLE)
         found = Directions()
-        found.add_block(torch.ones(()), layout)
+        found.add_block(torch.ones(()), layout, table=True)
         found.add(parameter, direction, direction, 0)
         step = StepSettings(0.01, 0.9, None)
         factors = RULE.factors(found, [direction], [direction], [RULE.init_state(torch.device("cpu"))], step)
@@ -296,7 +297,7 @@ def test_a_constant_learning_rate_converges_where_fixed_steps_cannot():
         y = x @ torch.randn(6, 3, dtype=DOUBLE)
         model = nn.Linear(6, 3).to(DOUBLE)
         optimizer = build(model, likelihood="gaussian", lr=0.02)
-        optimizer._rule = rule
+        optimizer._rule = RmsRule(rule)
         for _ in range(400):
             loss = train_step(optimizer, model, x, y, lambda out, target: 0.5 * (out - target).square().sum(1).mean())
         return loss

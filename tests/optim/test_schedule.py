@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kfac_opt import KFAC
-from kfac_opt._step import estimation
+from kfac_opt._step import schedule
 from kfac_opt._step.schedule import refresh_due
 from tests.support import bare_kfac, data, mlp
 
@@ -213,7 +213,7 @@ def test_small_nets_keep_the_ramp_as_it_is():
 
 def test_a_net_whose_refresh_is_dear_is_spread_from_the_second_step_on(monkeypatch):
     """Counted in factorizations: the first step makes all inverses, the next ones a share each."""
-    monkeypatch.setattr(estimation, "EVEN_FROM", 1.0)
+    monkeypatch.setattr(schedule, "EVEN_FROM", 1.0)
     torch.manual_seed(0)
     layers = [part for _ in range(6) for part in (torch.nn.Linear(6, 6), torch.nn.Tanh())]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(6, 3)).double()
@@ -232,4 +232,4 @@ def test_a_net_whose_refresh_is_dear_is_spread_from_the_second_step_on(monkeypat
         assert sum(made[start:end]) == 7
         assert max(made[start:end]) <= most
     together = KFAC(model, refresh="together")
-    assert not together._estimation.even
+    assert not together._workings.schedule._even

@@ -76,10 +76,10 @@ def test_a_batch_that_fails_is_done_again_layer_by_layer(monkeypatch):
 def test_the_layer_at_fault_is_named(monkeypatch):
     monkeypatch.setattr(stacked, "STACKED_DEVICES", {"cpu"})
     optimizer, _ = train(steps=2)
-    optimizer.state[optimizer._tracked["6"].weight]["curvature"]["input_factor"].fill_(torch.nan)
-    optimizer.state[optimizer._tracked["6"].weight]["curvature"]["failures"].fill_(2)
-    states, damping = optimizer._states(), optimizer._damping
+    optimizer.state[optimizer.blocks["6"].weight]["curvature"]["input_factor"].fill_(torch.nan)
+    optimizer.state[optimizer.blocks["6"].weight]["curvature"]["failures"].fill_(2)
+    states = optimizer._workings.blocks.states()
     with pytest.raises(FactorizationError, match="'6'"):
-        optimizer._estimation._refresh(states, 2, optimizer.param_groups, damping, None)
+        optimizer._workings.curvature._refresh(states, 2)
     assert int(states["4"]["failures"]) == 0
     assert int(states["4"]["refreshes"]) == 2

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from kfac_opt import KFAC, KFACVI, Posterior
 from kfac_opt._step.seeds import WEIGHTS
-from kfac_opt.bayes.draws import NoiseAhead
 from kfac_opt.bayes.posterior import NoiseSource
 from kfac_opt.bayes.prediction import predict
 from tests.support import assert_same, close, data, gradients, mlp, weights
@@ -419,26 +418,6 @@ def test_plain_loop_without_samples_is_kfac_with_the_prior():
         close(value, weights(kfac_model)[name], rtol=1e-9)
 
 
-def test_published_rules_for_decay_and_momentum():
-    """KFAC-VI, eqs. 6-14: ``v ← d + (w / α) μ + m v``, ``m = momentum · α / α_base``, ``μ ← μ − α v``."""
-    model = nn.Linear(4, 3, bias=False, dtype=torch.float64)
-    published = {"weight_decay": 0.02, "weight_decay_rule": "step", "momentum": 0.9, "momentum_rule": "lr"}
-    free = {"nesterov": False, "kl_clip": None, "max_relative_update": None, "damping_scale": "absolute"}
-    optimizer = vi(model, lr=0.5, curvature="diagonal", fisher="exact", damping=0.1, **published, **free)
-    weight, buffer = model.weight.detach().clone(), torch.zeros(3, 4, dtype=torch.float64)
-    x, y = data()
-    for lr in (0.05, 0.3, 0.5):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.zero_grad()
-        backward(model, x, y)
-        gradient = model.weight.grad + 0.2 * weight
-        optimizer.step()
-        direction = gradient / (optimizer.curvature["weight"].diagonal + 0.1 + 0.2)
-        buffer = direction + 0.02 / lr * weight + 0.9 * lr / 0.5 * buffer
-        weight = weight - lr * buffer
-        close(model.weight.detach(), weight)
-
-
 def test_default_decay_follows_the_learning_rate():
     model = nn.Linear(4, 3, dtype=torch.float64)
     optimizer = vi(model, lr=0.5, weight_decay=0.1, momentum=0.0, kl_clip=1e-30, prior_precision=1e-9)
@@ -453,17 +432,17 @@ def test_draws_use_the_last_refresh_and_the_posterior_the_current_factors():
     model = mlp()
     optimizer = vi(model, inverse_interval=100, refresh="together", ramp_steps=0, lr=0.0, factor_decay=0.5)
     train(optimizer, model, 1)
-    values = optimizer._tracked["0"].block
+    values = optimizer.blocks["0"].block
     old = values.spectral_form(optimizer.state[model[0].weight]["curvature"], current=False).dense().clone()
     train(optimizer, model, 2, seed=50)
     new = optimizer.curvature["0"].to_dense()
     assert float((old[0] - new).abs().max()) > 1e-3
-    width = optimizer._width(optimizer._tracked["0"])
+    width = optimizer._sampler.posterior.width(optimizer.blocks["0"])
     eye = torch.eye(len(new), dtype=torch.float64)
     expected = torch.linalg.inv(width.ess * (new + width.delta * eye)).diagonal()
     matrix = expected.reshape(5, 5).T  # column-stacking vec of [out, in]
     close(optimizer.posterior().variance()["0.weight"], matrix[:, :4].contiguous())
-    close(optimizer._blocks(current=False)[0].form.dense(), old)
+    close(optimizer._sampler.posterior.covariances(current=False)[0].form.dense(), old)
 
 
 # -- batch norm -------------------------------------------------------------------------------------------------
@@ -711,7 +690,7 @@ def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_wi
     train(other, other_model, 14, seed=70)
     reused = 0
     for step in range(14):
-        before = optimizer._covariances
+        before = optimizer._sampler.posterior._covariances
         if step == 6:
             optimizer.param_groups[0]["temperature"] = 0.5
         if step == 12:
@@ -719,65 +698,34 @@ def test_the_kept_covariances_of_the_draws_are_those_of_the_curvature_and_the_wi
             for group in saved["param_groups"]:
                 group["temperature"] = 0.5
             optimizer.load_state_dict(saved)
-        kept, fresh = optimizer._drawing(), optimizer._blocks(current=False)
-        reused += bool(kept.blocks) and kept is before
-        assert [block.weight for block in kept.blocks] == [block.weight for block in fresh]
-        for one, two in zip(kept.blocks, fresh, strict=True):
-            assert torch.equal(one.deviation, two.deviation), (step, one.weight)
+        source, fresh = optimizer._sampler.posterior.source(), optimizer._sampler.posterior.covariances(current=False)
+        reused += bool(fresh) and before is not None and source is before.source
         seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
-        assert_same(kept.source.draw(seeds[0]), NoiseSource(fresh).draw(seeds[1]))
+        assert_same(source.draw(seeds[0]), NoiseSource(fresh).draw(seeds[1]))
         train(optimizer, model, 1, seed=step)
     assert reused >= 2, "nothing was kept"
 
 
-@pytest.mark.parametrize("at_once", [1, 8])
-def test_draws_that_were_made_ahead_are_those_of_their_step(at_once: int, monkeypatch: pytest.MonkeyPatch):
-    """Across refreshes, another temperature, other numbers of passes, two loops in a step, and a saved state."""
-    monkeypatch.setattr(NoiseAhead, "MOST", at_once)
-    made: list[bool] = []
-    draws = NoiseSource.draws
-
-    def counted(source: NoiseSource, generators: list[torch.Generator]) -> list[dict[str, Tensor]]:
-        made.extend([source.num_bytes > 0] * len(generators))
-        return draws(source, generators)
-
-    monkeypatch.setattr(NoiseSource, "draws", counted)
+def test_draws_are_those_of_their_step():
+    """Across refreshes, another temperature, other numbers of passes, two loops in a step."""
     settings: dict[str, Any] = {"factor_interval": 4, "inverse_interval": 12, "ramp_steps": 1, "antithetic": False}
-    model, other = mlp(), mlp()
-    optimizer, resumed = vi(model, **settings), vi(other, **settings)
-    needed, saved = 0, False
+    model = mlp()
+    optimizer = vi(model, **settings)
     for step in range(34):
         if step == 20:
             optimizer.param_groups[0]["temperature"] = 0.5
-        if not saved and step > 20 and (optimizer._ahead._made or at_once == 1):  # amid draws that are waiting
-            other.load_state_dict(model.state_dict())
-            resumed.load_state_dict(optimizer.state_dict())
-            saved = True
-        loops = [3] if step == 30 else [1, 2] if step == 31 else [1]
         means, pairs = weights(model), 0
-        for samples in loops:
+        for samples in [3] if step == 30 else [1, 2] if step == 31 else [1]:
             first = pairs + pairs % 2
             for index in optimizer.weight_samples(samples):
-                blocks = optimizer._blocks(current=False)
-                generator = optimizer._generator(WEIGHTS, first + index)
-                (noise,) = draws(NoiseSource(blocks), [generator])
-                needed += bool(blocks)
+                source = NoiseSource(optimizer._sampler.posterior.covariances(current=False))
+                noise = source.draw(optimizer._sampler._generator(WEIGHTS, first + index))
                 expected = {name: mean + noise[name] if name in noise else mean for name, mean in means.items()}
                 assert_same(weights(model), expected)
                 backward(model, *data(seed=step))
             pairs = first + samples
         optimizer.step()
-        if saved:
-            for samples in loops:
-                for _ in resumed.weight_samples(samples):
-                    backward(other, *data(seed=step))
-            resumed.step()
-            assert_same(weights(other), weights(model))
         optimizer.zero_grad()
-        resumed.zero_grad()
-        if step == 19:
-            assert sum(made) == needed + len(optimizer._ahead._made), "some were made for nothing"
-    assert saved, "nothing was made ahead"
 
 
 def test_loading_forgets_the_draws_of_passes_without_a_step():
@@ -870,8 +818,6 @@ def test_a_temperature_warm_up_by_writing_the_group():
         ({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         ({"posterior_damping": "pi"}, "posterior_damping must be one of"),
         ({"prior_gradient": "both"}, "prior_gradient must be one of"),
-        ({"weight_decay_rule": "x"}, "weight_decay_rule must be one of"),
-        ({"momentum_rule": "x"}, "momentum_rule must be one of"),
         ({"batch_statistics": "x"}, "batch_statistics must be one of"),
         ({"curvature": "identity"}, "curvature='identity' has no posterior"),
     ],

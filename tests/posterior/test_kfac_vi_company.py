@@ -143,13 +143,13 @@ def test_a_skipped_step_leaves_no_draws_to_the_prior_gradient_of_the_next(set_to
     for net, skipped in ((model, 1), (other, 0)):
         optimizer = vi(net, prior_gradient="sample", antithetic=False, lr=0.0, fisher="exact")
         train(optimizer, net, steps=2)
-        optimizer._next_draw = 4 * (1 - skipped)  # the draws that follow those of a skipped step
+        optimizer._sampler._next_draw = 4 * (1 - skipped)  # the draws that follow those of a skipped step
         for _ in range(1 + skipped):
             optimizer.zero_grad(set_to_none=set_to_none)
             for _ in optimizer.weight_samples(4):
                 backward(net, *data())
         optimizer.step()
-        found.append(optimizer._noise_mean[id(net[0].weight)])
+        found.append(optimizer._noise[id(net[0].weight)])
     close(found[0], found[1])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_opt import metrics
+from kfac_opt.bayes import metrics
 from tests.support import close
 
 

@@ -71,7 +71,7 @@ class CharLSTM(nn.Module):
 class FieldNet(nn.Module):
     """Categorical fields ``[batch, fields]`` (ids of one table) to logits: embeddings side by side, then two layers."""
 
-    def __init__(self, num_ids: int = 8192, num_fields: int = 6, embedding: int = 32, width: int = 128, num_classes: int = 65):
+    def __init__(self, num_ids: int = 2048, num_fields: int = 6, embedding: int = 32, width: int = 128, num_classes: int = 65):
         super().__init__()
         self.table = nn.Embedding(num_ids, embedding)
         self.hidden = nn.Linear(num_fields * embedding, width)

@@ -43,13 +43,20 @@ def _muon(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
 
 
 def _soap(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """With the settings that its authors recommend: betas 0.95, decay 0.01, a new basis every 10 steps."""
+    """With the settings that its authors recommend: betas 0.95, decay 0.01, a new basis every 10 steps.
+
+    Sides above 1024 (embeddings) keep their own axes, as Shampoo cuts them into blocks of that size.
+    """
     try:
         from pytorch_optimizer import SOAP
     except ImportError as error:
         raise ConfigError("contestant 'soap' needs a package: pip install pytorch-optimizer") from error
     betas = (settings.pop("beta1", 0.95), settings.pop("beta2", 0.95))
-    return SOAP(model.parameters(), betas=betas, **{"weight_decay": 0.01, "precondition_frequency": 10, **settings})
+    return SOAP(
+        model.parameters(),
+        betas=betas,
+        **{"weight_decay": 0.01, "max_precondition_dim": 1024, "precondition_frequency": 10, **settings},
+    )
 
 
 def _shampoo(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:

@@ -130,7 +130,7 @@ def _add_noise(batch: Batch, generator: torch.Generator) -> Batch:
     return torch.cat([noisy, time], dim=1), noise
 
 
-def _fields(root: Path, num_fields: int = 6, num_ids: int = 8192) -> Dataset:
+def _fields(root: Path, num_fields: int = 6, num_ids: int = 2048) -> Dataset:
     """The next character from the last 1, 2, … characters, each such group hashed into one id of a common table."""
     text = load_data(DataConfig("shakespeare", context=num_fields + 2), root)
 

@@ -43,7 +43,7 @@ def test_an_unknown_task_is_named():
     [
         ("vit", torch.randn(2, 3, 32, 32)),
         ("char_lstm", torch.randint(65, (2, 32))),
-        ("fields", torch.randint(8192, (2, 6))),
+        ("fields", torch.randint(2048, (2, 6))),
         ("diffusion", torch.rand(2, 197)),
     ],
 )

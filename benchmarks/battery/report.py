@@ -144,7 +144,15 @@ def markdown(content: dict[str, Any]) -> str:
         ("Share of AdamW's steps to AdamW's final training loss", lambda e: f"{steps_ratio(e):.2f}{_missed(e)}"),
         ("The same in seconds of processor time", lambda e: f"{seconds_ratio(e):.2f}{_missed(e)}"),
         ("Test error (% wrong, or squared error), mean ± standard error", _error_text),
-        ("Settings", lambda e: ", ".join(f"{key} {value:g}" for key, value in e["settings"].items()) or "defaults"),
+        (
+            "Settings",
+            lambda e: (
+                ", ".join(
+                    f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in e["settings"].items()
+                )
+                or "defaults"
+            ),
+        ),
     ]
     for title, text in columns:
         rows = [

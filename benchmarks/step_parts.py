@@ -143,12 +143,11 @@ def measure(config: PartsConfig, name: str) -> dict[str, float]:
             f"{prefix}dearest layer's refresh + plain step / plain step": 1 + variant.dearest / step,
             f"{prefix}state / parameters": state_bytes(variant.optimizer) / parameters,
         }
-        if not config.settings[label].get("gradient_rows"):  # those need the rows of a pass: the plain step has them
-            seconds = clock.median(f"{label}: precondition")
-            figures[f"{prefix}preconditioning"] = seconds / sgd
-            figures[f"{prefix}preconditioning, share of the arithmetic limit"] = variant.operations() / (
-                _rate(config.device) * seconds
-            )
+        seconds = clock.median(f"{label}: precondition")
+        figures[f"{prefix}preconditioning"] = seconds / sgd
+        figures[f"{prefix}preconditioning, share of the arithmetic limit"] = variant.operations() / (
+            _rate(config.device) * seconds
+        )
     if name in config.measure_memory:
         figures |= _memory(config, name)
     return figures

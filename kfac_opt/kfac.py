@@ -113,13 +113,6 @@ class KFAC(CurvatureOptimizer):
             ``torch.bfloat16`` halves the memory of the inverses and, where the processor multiplies it natively, the
             time of preconditioning, for a relative rounding of 2⁻⁹ (``benchmarks/step_time.py``). For
             ``curvature="kronecker"`` with ``damping_style="factored"``.
-        gradient_rows: keeps inputs and output gradients of Linear layers until the step, where the batch has fewer rows than
-            the layer is wide, and preconditions the gradient before its outer product is taken:
-            ``G⁻¹ V A⁻¹ = Σ_n (G⁻¹ g_n)(A⁻¹ a_n)ᵀ``, the same up to rounding, for ``R (out² + in² + out·in)`` instead of
-            ``out·in (out + in)`` multiplications. A gradient that is not a multiple of that sum (accumulated over other
-            passes, averaged over processes, clipped by entries, compiled) is noticed and preconditioned as ever. Off by
-            default: it takes two hooks per layer at every step and holds the inputs a little longer. CPU only; on a
-            device the comparison would wait for it.
         maximize: step along the gradient instead of against it.
         foreach: None or True updates all parameters in grouped calls, False one by one; same numbers.
         generator: draws the base seed of all private generators at construction; None means seed 0. The global
@@ -165,7 +158,6 @@ class KFAC(CurvatureOptimizer):
         loss_reduction: Literal["mean", "sum"] = "mean",
         factor_dtype: torch.dtype = torch.float32,
         inverse_dtype: torch.dtype | None = None,
-        gradient_rows: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         generator: torch.Generator | None = None,
@@ -206,7 +198,6 @@ class KFAC(CurvatureOptimizer):
             loss_reduction=loss_reduction,
             factor_dtype=factor_dtype,
             inverse_dtype=inverse_dtype,
-            gradient_rows=gradient_rows,
             foreach=foreach,
             process_group=process_group,
         )

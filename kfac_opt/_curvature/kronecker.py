@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kfac_opt._curvature.block import Damping, State
 from kfac_opt._curvature.factors import SIDES, FactorBlock
-from kfac_opt._curvature.gradient_rows import outer, rows_that_pay
 from kfac_opt._curvature.linalg import FactorizationError, negligible, pi_correction, split_damped
 from kfac_opt._curvature.spectral import SpectralForm, divided
 from kfac_opt.layers import LayerAdapter, WeightSharing
@@ -223,19 +222,6 @@ class KroneckerBlock(FactorBlock):
             return self._turn(state, turned, back=True)
         right = self.sides["input"].times_inverse(matrix, state["input_inverse"])
         return self.sides["output"].inverse_times(state["output_inverse"], right).to(self.dtype)
-
-    def rows_that_pay(self) -> int:
-        """Up to how many rows :meth:`precondition_rows` costs less than :meth:`precondition`; 0 where it is not there."""
-        if self.in_basis or self.groups > 1 or not all(self.dense_sides.values()):
-            return 0
-        costs = [self.sides[name].multiplications() for name in ("output", "input")]
-        return rows_that_pay(costs[0], costs[1], self.dims["output"], self.dims["input"])
-
-    def precondition_rows(self, state: State, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """The direction ``[1, out, in]`` for the gradient ``Σ_n outputs_n inputs_nᵀ`` of rows ``[R, in]``, ``[R, out]``."""
-        left = self.sides["output"].times_inverse(outputs.unsqueeze(0), state["output_inverse"])
-        right = self.sides["input"].times_inverse(inputs.unsqueeze(0), state["input_inverse"])
-        return outer(left[0], right[0]).to(self.dtype).unsqueeze(0)
 
     def _turn(self, state: State, matrix: Tensor, *, back: bool = False) -> Tensor:
         """Into the eigenbasis in force, ``Q_Gᵀ M Q_A``, or ``back``."""

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from kfac_opt._curvature.block import CurvatureBlock
-from kfac_opt._curvature.gradient_rows import GradientRows, match_rows
-from kfac_opt._curvature.kronecker import KroneckerBlock
 from kfac_opt._step.model_blocks import ModelBlocks
 from kfac_opt._step.safety import replace_unsafe_
 from kfac_opt._step.tracking import TrackedBlock
@@ -21,14 +19,10 @@ Gradients = Mapping[int, Tensor]
 
 
 class Preconditioner:
-    """Applies the curvature of each block to its part of the gradient.
+    """Applies the curvature of each block to its part of the gradient."""
 
-    Args:
-        rows: inputs and output gradients of layers whose gradient is a product of few rows, or None.
-    """
-
-    def __init__(self, blocks: ModelBlocks, rows: GradientRows | None) -> None:
-        self.blocks, self.rows = blocks, rows
+    def __init__(self, blocks: ModelBlocks) -> None:
+        self.blocks = blocks
         self.replaced: int | Tensor = 0  # directions that were not finite, since construction
 
     def directions(self, number: int, gradients: Gradients) -> Directions:
@@ -58,33 +52,13 @@ class Preconditioner:
         matrix = layout.to_matrix(filled[0], filled[1] if len(filled) > 1 else None).to(block.dtype)
         state = self.blocks.state_of(entry)
         if state is not None and block.ready(state):
-            rows = self._rows_of(entry, matrix)
-            if rows is not None and isinstance(block, KroneckerBlock):
-                direction = block.precondition_rows(state, *rows)
-            else:
-                direction = block.precondition(state, matrix, self.blocks.damping_of(entry))
+            direction = block.precondition(state, matrix, self.blocks.damping_of(entry))
         else:
             direction = matrix.clone()  # the plain gradient; the trust region bounds it
         found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), layout, table=_is_table(block))
         for parameter, part in zip(entry.parameters, layout.from_matrix(direction)):
             if id(parameter) in gradients and part is not None:
                 found.add(parameter, part, gradients[id(parameter)], found.num_blocks - 1)
-
-    def _rows_of(self, entry: TrackedBlock, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Inputs and output gradients whose product this gradient is, if they were kept and it is."""
-        block = entry.block
-        if self.rows is None or not isinstance(block, KroneckerBlock):
-            return None
-        rows = self.rows.take(entry.name, block.layer, matrix.dtype)
-        scale = match_rows(matrix[0], *rows) if rows is not None else None
-        if rows is None or scale is None:
-            return None
-        return rows[0] if scale == 1.0 else rows[0].mul_(scale), rows[1]
-
-    def forget_rows(self) -> None:
-        """Those of this step."""
-        if self.rows is not None:
-            self.rows.clear()
 
 
 def _is_table(block: CurvatureBlock) -> bool:

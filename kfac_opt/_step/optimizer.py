@@ -148,7 +148,6 @@ class CurvatureOptimizer(Optimizer):
             with torch.no_grad(), full_precision(device):  # a loop may call step() inside its autocast block
                 yield
         finally:
-            workings.precondition.forget_rows()
             workings.arm()
 
     def _ready_workings(self, what: str = "step()") -> Workings:
@@ -220,7 +219,7 @@ class CurvatureOptimizer(Optimizer):
 
     def _check_values(self, group: Mapping[str, Any]) -> None:
         """Ranges of what stands in a group."""
-        checks.check_rule(type(self).__name__, group, self._options.update_scale, gradient_rows=self._options.gradient_rows)
+        checks.check_rule(type(self).__name__, group, self._options.update_scale)
         checks.check_group(type(self).__name__, group, zero_damping=self.zero_damping)
 
     def detach(self) -> None:

@@ -207,17 +207,12 @@ def parameter_groups(owner: str, model: nn.Module, params: object) -> list[dict[
     return groups
 
 
-def check_rule(owner: str, group: Mapping[str, Any], rule: str, *, gradient_rows: bool) -> None:
+def check_rule(owner: str, group: Mapping[str, Any], rule: str) -> None:
     """Raises ValueError for what the update rule of the optimizer has no use for."""
     if group.get("update_scale", rule) != rule:
         raise ValueError(
             f"{owner}: update_scale holds for all parameter groups, got {group['update_scale']!r} in one and {rule!r} for "
             f"the optimizer. Pass it to {owner}(model, update_scale=...)."
-        )
-    if gradient_rows and rule == "rms" and float(group["momentum"]) > 0.0:
-        raise ValueError(
-            f"{owner}: gradient_rows has no effect with update_scale='rms' and momentum, whose average of gradients is no "
-            "product of the batch's rows. Leave it out, or take update_scale='natural'."
         )
 
 

@@ -36,7 +36,6 @@ class CurvatureOptions:
     loss_reduction: Literal["mean", "sum"] = "mean"
     factor_dtype: torch.dtype = torch.float32
     inverse_dtype: torch.dtype | None = None
-    gradient_rows: bool = False
     foreach: bool | None = None
     process_group: ProcessGroup | None = None
 
@@ -71,7 +70,6 @@ class CurvatureOptions:
                 f"{owner}: inverse_dtype must be None (as the factors), torch.bfloat16, torch.float32 or torch.float64, got "
                 f"{self.inverse_dtype}. Half precision (float16) overflows: inverses are as large as 1 / damping."
             )
-        checks.check_switch(owner, "gradient_rows", self.gradient_rows)
         if self.foreach is not None:
             checks.check_switch(owner, "foreach", self.foreach)
         checks.check_process_group(owner, "process_group", self.process_group)

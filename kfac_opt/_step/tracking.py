@@ -16,7 +16,6 @@ from kfac_opt._curvature.diagonal import DiagonalBlock, NormBlock
 from kfac_opt._curvature.eigenbasis import EigenbasisBlock
 from kfac_opt._curvature.kronecker import DampingStyle, KroneckerBlock
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
-from kfac_opt.layers.linear import LinearAdapter
 
 
 @dataclass
@@ -250,19 +249,3 @@ def replaced(owner: str, model: nn.Module, groups: list[dict[str, Any]], tracked
                 f"add_param_group(), or build {owner} again."
             )
     return changed
-
-
-def few_rows(tracked: Mapping[str, TrackedBlock]) -> dict[str, tuple[nn.Module, int]]:
-    """Layers whose gradients are worth keeping as products, with the number of rows up to which they are."""
-    found: dict[str, tuple[nn.Module, int]] = {}
-    for name, entry in tracked.items():
-        if (
-            entry.module is None
-            or not isinstance(entry.block, KroneckerBlock)
-            or not isinstance(entry.block.layer, LinearAdapter)
-        ):
-            continue
-        limit = entry.block.rows_that_pay()
-        if limit > 0:
-            found[name] = entry.module, limit
-    return found

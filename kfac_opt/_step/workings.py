@@ -12,7 +12,6 @@ from kfac_opt._capture.empirical import make_collector
 from kfac_opt._capture.passes import Pending
 from kfac_opt._capture.wrappers import unwrapped
 from kfac_opt._curvature.block import Damping
-from kfac_opt._curvature.gradient_rows import GradientRows
 from kfac_opt._step import state
 from kfac_opt._step.census import Census
 from kfac_opt._step.curvature import Curvature
@@ -24,7 +23,7 @@ from kfac_opt._step.rules import UpdateRule
 from kfac_opt._step.schedule import Schedule
 from kfac_opt._step.seeds import LABELS, Seeds
 from kfac_opt._step.settings import CurvatureOptions
-from kfac_opt._step.tracking import TrackedBlock, few_rows
+from kfac_opt._step.tracking import TrackedBlock
 from kfac_opt.likelihoods import Likelihood
 
 
@@ -77,7 +76,7 @@ class Workings:
         shared = options.fisher == "empirical" and options.loss_reduction == "mean"
         self.curvature = Curvature(blocks, self.schedule, placement, shared_gradients=shared)
         self.check = PassCheck(blocks, self.capture, placement, census)
-        self.precondition = Preconditioner(blocks, GradientRows() if options.gradient_rows else None)
+        self.precondition = Preconditioner(blocks)
         self._armed_step = -1  # for which the hooks are set
         self._followers: list[Callable[[], None]] = []
         self.follow_blocks()
@@ -93,8 +92,6 @@ class Workings:
         self._census.reopen()
         self.capture.forget_proofs()  # other modules may stand behind the names now
         self.curvature.follow_blocks()
-        if self.precondition.rows is not None:
-            self.precondition.rows.attach(few_rows(self.blocks.tracked))
         for call in self._followers:
             call()
 
@@ -131,8 +128,6 @@ class Workings:
     def detach(self) -> None:
         """Removes all hooks."""
         self.capture.detach()
-        if self.precondition.rows is not None:
-            self.precondition.rows.detach()
 
     # -- a step -------------------------------------------------------------------------------------------------
 

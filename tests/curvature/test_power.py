@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_opt import KFAC
 from kfac_opt._curvature import sides
@@ -147,20 +147,6 @@ def test_large_sides_keep_the_same_roots_in_panels(panel_dim, limit, monkeypatch
     for view in optimizer.curvature.values():
         v = torch.randn(view.block.layout.whole_shape, dtype=DOUBLE)
         close(view.precondition(v), expected_direction(view, "factored", 0.5, v))
-
-
-def test_preconditioning_from_rows_takes_the_roots_as_well():
-    def run(**options):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)).to(DOUBLE)
-        x, y = torch.randn(2, 40, dtype=DOUBLE), torch.tensor([0, 2])
-        optimizer = bare_kfac(model, lr=0.1, power=0.5, **options)
-        for _ in range(2):
-            train_step(optimizer, model, x, y)
-        return weights(model)
-
-    for one, other in zip(run().values(), run(gradient_rows=True).values()):
-        close(other, one)
 
 
 def test_power_one_is_the_default_and_the_natural_gradient():

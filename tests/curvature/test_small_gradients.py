@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_opt import KFAC
-from kfac_opt._curvature.gradient_rows import match_rows
 from kfac_opt._curvature.linalg import damped_inverse, negligible, pi_correction, split_damped
 from kfac_opt._curvature.spectral import damped_two_by_two_solve
 from kfac_opt._step.safety import cast_to_parameters
@@ -126,11 +125,6 @@ def test_pi_of_factors_whose_quotient_leaves_the_range():
 def test_split_damping_far_above_the_curvature_is_the_damping():
     eigenvalues = torch.full((1, 2, 3), 1e-42)
     torch.testing.assert_close(split_damped(eigenvalues, torch.tensor(1.0)), torch.ones(1, 2, 3))
-
-
-def test_rows_are_not_matched_by_an_infinite_factor():
-    inputs, outputs = torch.full((2, 3), 1e-9), torch.full((2, 4), 1e-8)
-    assert match_rows(torch.full((4, 3), 1e25), inputs, outputs) is None
 
 
 @pytest.mark.parametrize("curvature", ["kronecker", "eigenbasis", "diagonal"])

@@ -128,7 +128,7 @@ def small() -> nn.Sequential:
 KINDS: dict[str, dict[str, Any]] = {
     "kronecker": {},
     "eigenbasis": {"curvature": "eigenbasis"},
-    "exact": {"damping_style": "exact", "gradient_rows": True},
+    "exact": {"damping_style": "exact"},
     "empirical": {"fisher": "empirical"},
 }
 

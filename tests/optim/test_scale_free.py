@@ -385,12 +385,6 @@ def test_a_trust_region_in_nats_is_refused():
         optimizer.step()
 
 
-def test_rows_of_the_batch_are_refused_unless_there_is_no_momentum():
-    with pytest.raises(ValueError, match="gradient_rows has no effect"):
-        build(mlp(), gradient_rows=True)
-    assert build(mlp(), gradient_rows=True, momentum=0.0)
-
-
 def test_one_rule_for_all_groups():
     model = mlp()
     groups = [{"params": model[0].parameters(), "update_scale": "natural"}, {"params": model[2].parameters()}]

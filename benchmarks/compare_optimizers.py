@@ -20,7 +20,7 @@ from benchmarks.common.figures import OPTIMIZER_COLOURS, Figure, line_figure, sp
 from benchmarks.common.optimizers import OPTIMIZERS, default_settings, label, muon_applies, optimizer_factory
 from benchmarks.common.report import Report, Table, progress, run_script
 from benchmarks.common.results import RunLog, fingerprint
-from benchmarks.common.search import OptimizerConfig, SearchConfig, SearchResult, num_finished_trials, search
+from benchmarks.common.search import OptimizerConfig, SearchConfig, SearchResult, search
 from benchmarks.common.statistics import median, text
 from benchmarks.common.tasks import Task, TaskConfig
 from benchmarks.common.train import History, train
@@ -33,7 +33,8 @@ class ComparisonConfig(ExperimentConfig):
     """One comparison.
 
     Attributes:
-        optimizers: who takes part, with ranges to search; each gets ``search.num_trials`` trials.
+        optimizers: who takes part, with ranges to search; each gets ``search.num_trials`` trials. Without ranges nothing is
+            searched.
         defaults: optimizers that run once more with their default hyper-parameters, nothing searched.
         shortened: optimizers that take part once more, searched for and trained with this share of the steps: a
             schedule that ends at zero shows what a loss costs only to runs that were planned for it.
@@ -54,7 +55,7 @@ class ComparisonConfig(ExperimentConfig):
     storage: str | None = field(default=None, metadata=LOCAL)
 
     def __post_init__(self) -> None:
-        for name in [*self.optimizers, *self.defaults]:
+        for name in [*(own.kind or name for name, own in self.optimizers.items()), *self.defaults]:
             if name not in OPTIMIZERS:
                 raise ConfigError(f"optimizers: unknown optimizer '{name}'; allowed: {', '.join(OPTIMIZERS)}.")
         if self.reference not in self.optimizers:
@@ -75,22 +76,16 @@ class Contestant:
     """One optimizer with its settings and its runs, one per seed.
 
     Attributes:
-        search: None for default settings.
-        share: of the task's steps.
+        label: how it is called in tables and figures.
+        search: None where nothing was searched.
     """
 
     name: str
     optimizer: str
+    label: str
     settings: dict[str, Any]
     runs: list[History]
-    search: SearchResult | None
-    share: float = 1.0
-
-    @property
-    def label(self) -> str:
-        """How it is called in tables and figures."""
-        remark = "" if self.share == 1 else f" ({self.share:g} of the steps)"
-        return label(self.optimizer) + (remark if self.search is not None else " (defaults)")
+    search: SearchResult | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
@@ -102,43 +97,48 @@ def run(config: ComparisonConfig) -> Report:
     """Searches, trains, and reports the contestants in the order of the config, those with defaults last."""
     task = Task(config.task, config.data_root, config.device)
     log, storage = RunLog(config.folder / "runs.jsonl"), config.storage or str(config.folder / "search.sqlite3")
-    names = [name for name in config.optimizers if name != "muon" or muon_applies(task.build_model(config.seed))]
+    kinds = {name: own.kind or name for name, own in config.optimizers.items()}
+    names = [name for name, kind in kinds.items() if kind != "muon" or muon_applies(task.build_model(config.seed))]
     entries = [(name, 1.0) for name in names] + [(name, config.shortened[name]) for name in names if name in config.shortened]
-    studies = [_study_name(config, name, share) for name, share in entries]
-    done = sum(num_finished_trials(study, storage, config.search) for study in studies)
-    total = len(entries) * (config.search.num_trials + config.num_seeds) + len(config.defaults) * config.num_seeds
+    searched = sum(1 for name, _ in entries if config.optimizers[name].search)
+    total = searched * config.search.num_trials + (len(entries) + len(config.defaults)) * config.num_seeds
     contestants = []
-    with progress(total, config.name, done) as display:
-        for (optimizer, share), study in zip(entries, studies, strict=True):
-            name = optimizer if share == 1 else f"{optimizer}-{share:g}"
-            found = _search(config, task, optimizer, share, study, storage, display.update)
-            runs = _run_seeds(config, task, log, optimizer, found.settings, share, display.update)
-            contestants.append(Contestant(name, optimizer, found.settings, runs, found, share))
-        for optimizer in config.defaults:
-            runs = _run_seeds(config, task, log, optimizer, {}, 1.0, display.update)
-            contestants.append(Contestant(f"{optimizer}-defaults", optimizer, {}, runs, None))
+    with progress(total, config.name) as display:
+        for name, share in entries:
+            own, kind, found, settings = config.optimizers[name], kinds[name], None, config.optimizers[name].fixed
+            identity = [resolved(config.task), resolved(own), config.search.seed, config.search.training_seeds, config.device]
+            if own.search:
+                study = f"{config.name}-{name}-{fingerprint([*identity, default_settings(kind), share])}"
+                found = search_settings(task, kind, own, config.search, study, storage, display.update, share)
+                settings = found.settings
+            runs = _run_seeds(config, task, log, kind, settings, share, display.update)
+            suffix, remark = ("", "") if share == 1 else (f"-{share:g}", f" ({share:g} of the steps)")
+            contestants.append(Contestant(name + suffix, kind, label(name) + remark, settings, runs, found))
+        for kind in config.defaults:
+            runs = _run_seeds(config, task, log, kind, {}, 1.0, display.update)
+            contestants.append(Contestant(f"{kind}-defaults", kind, f"{label(kind)} (defaults)", {}, runs))
     return make_report(config, task, contestants)
 
 
-def _study_name(config: ComparisonConfig, name: str, share: float) -> str:
-    """Another task, range or seed is another study: old trials must not be taken for new ones."""
-    identity = [resolved(config.task), resolved(config.optimizers[name]), config.search.seed, config.device]
-    identity += [config.search.training_seeds, default_settings(name), share]
-    return f"{config.name}-{name}-{fingerprint(identity)}"
-
-
-def _search(
-    config: ComparisonConfig, task: Task, name: str, share: float, study: str, storage: str, on_trial: Callable[[], object]
+def search_settings(
+    task: Task,
+    kind: str,
+    optimizer: OptimizerConfig,
+    config: SearchConfig,
+    study: str,
+    storage: str | Path,
+    on_trial: Callable[[], object],
+    share: float = 1.0,
 ) -> SearchResult:
-    seeds, steps = config.search.training_seeds, max(1, round(share * config.task.steps))
-    initial_loss = task.evaluate(task.build_model(seeds[0]), "train").loss
+    """The settings with the lowest mean final training loss over the search's training seeds."""
+    seeds, steps = config.training_seeds, max(1, round(share * task.config.steps))
+    worst = 10.0 * task.evaluate(task.build_model(seeds[0]), "train").loss
 
     def objective(settings: dict[str, Any]) -> float:
-        make = optimizer_factory(name, settings, config.task.likelihood)
+        make = optimizer_factory(kind, settings, task.config.likelihood)
         return sum(train(task, make, seed, steps=steps, with_test=False).final_loss for seed in seeds) / len(seeds)
 
-    optimizer, worst = config.optimizers[name], 10.0 * initial_loss
-    return search(study, optimizer, config.search, objective, storage=storage, worst=worst, on_trial=on_trial)
+    return search(study, optimizer, config, objective, storage=storage, worst=worst, on_trial=on_trial)
 
 
 def _run_seeds(
@@ -162,8 +162,8 @@ def _run_seeds(
 
 def make_report(config: ComparisonConfig, task: Task, contestants: list[Contestant]) -> Report:
     """The table, loss against steps and seconds, test error; targets are those that the reference's runs set."""
-    finals = next([run.final_loss for run in c.runs] for c in contestants if c.name == config.reference)
-    targets = (float(np.median(finals)), min(finals))
+    finals = sorted(next([run.final_loss for run in c.runs] for c in contestants if c.name == config.reference))
+    targets = (float(np.median(finals)), finals[0])
     summaries = [summarize(contestant, targets) for contestant in contestants]
     reference = label(config.reference)
     caption = (
@@ -179,8 +179,8 @@ def make_report(config: ComparisonConfig, task: Task, contestants: list[Contesta
     return Report(
         title=f"Optimizers compared: {config.name}",
         text=[
-            f"Each optimizer got {config.search.num_trials} trials of hyper-parameter search for the lowest final training "
-            f"loss, then {config.num_seeds} seeds at its best setting; {config.task.steps} steps of batch "
+            f"Each optimizer with ranges got {config.search.num_trials} trials of hyper-parameter search for the lowest final "
+            f"training loss, then {config.num_seeds} seeds at its best setting; {config.task.steps} steps of batch "
             f"{config.task.batch_size}. Lines are medians over the seeds, bands go from the lowest to the highest. The target "
             f"is set by {reference}. Seconds are training time alone, without evaluations.",
         ],
@@ -250,8 +250,8 @@ def _figure(
     for contestant in contestants:
         runs = [run for run in contestant.runs if run.diverged_step is None]
         if runs:
-            style = "-" if contestant.search is not None else "--"
-            look = {"colour": OPTIMIZER_COLOURS.get(contestant.optimizer), "style": style}
+            style = "--" if contestant.name.endswith("-defaults") else "-"
+            look = {"colour": OPTIMIZER_COLOURS.get(contestant.name.split("-")[0]), "style": style}
             curves.append(spread(contestant.label, [getattr(r, x) for r in runs], [getattr(r, y) for r in runs], **look))
     return line_figure(caption, curves, x_label=x_label, y_label=y_label, level=level)
 

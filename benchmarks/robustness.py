@@ -26,9 +26,10 @@ from benchmarks.common.figures import Figure, finish, subplots
 from benchmarks.common.optimizers import default_settings, label, optimizer_factory
 from benchmarks.common.report import Report, Table, progress, run_script
 from benchmarks.common.results import RunLog, fingerprint
-from benchmarks.common.search import OptimizerConfig, SearchConfig, search
+from benchmarks.common.search import OptimizerConfig, SearchConfig
 from benchmarks.common.tasks import Task, TaskConfig
 from benchmarks.common.train import History, train
+from benchmarks.compare_optimizers import search_settings
 
 GRID = ("curvature", "inverse_interval", "lr", "damping", "seed")
 
@@ -77,20 +78,11 @@ def run(config: RobustnessConfig) -> Report:
 
 def find_target(config: RobustnessConfig, task: Task) -> float:
     """Lowest final training loss that the target's optimizer finds in its search."""
-    target, likelihood = config.target, config.task.likelihood
-    seeds = target.search.training_seeds
-
-    def objective(settings: dict[str, Any]) -> float:
-        make = optimizer_factory(target.optimizer, settings, likelihood)
-        return sum(train(task, make, seed, with_test=False).final_loss for seed in seeds) / len(seeds)
-
-    worst = 10.0 * task.evaluate(task.build_model(seeds[0]), "train").loss
+    target, storage = config.target, config.folder / "search.sqlite3"
     study = f"{config.name}-{target.optimizer}-{fingerprint([resolved(config.task), resolved(target), config.device])}"
-    storage = config.folder / "search.sqlite3"
     with progress(target.search.num_trials, f"{config.name}: target") as display:
         on_trial = display.update
-        found = search(study, target.settings, target.search, objective, storage=storage, worst=worst, on_trial=on_trial)
-    return found.value
+        return search_settings(task, target.optimizer, target.settings, target.search, study, storage, on_trial).value
 
 
 def run_grid(config: RobustnessConfig, task: Task) -> pd.DataFrame:

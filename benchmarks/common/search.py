@@ -92,11 +92,18 @@ def check_heartbeat(heartbeat_seconds: int, grace_seconds: int) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How one optimizer takes part: ``fixed`` settings, ``search`` ranges, ``start``: the first trial's values."""
+    """How one optimizer takes part.
+
+    Attributes:
+        fixed: settings that are the same in every trial.
+        search: ranges of the others. ``start``: the first trial's values.
+        kind: the optimizer to build, where its key is a name of its own: so variants can stand side by side.
+    """
 
     fixed: dict[str, Any] = field(default_factory=dict)
     search: dict[str, SearchRange] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def search(
         on_trial: called after each finished trial.
     """
     if not optimizer.search:
-        raise ConfigError(f"optimizers.{name}.search is empty: name at least one setting to search.")
+        raise ConfigError(f"the search ranges of '{name}' are empty: name at least one setting to search.")
     place = open_database(str(storage), config.heartbeat_seconds, config.grace_seconds)
     sampler = NumberedSampler(config.seed, n_startup_trials=5, multivariate=True)
     study = Search(name, place, sampler, config.num_trials, config.grace_seconds)
@@ -150,15 +157,6 @@ def search(
     ]
     best = min(study.finished(), key=lambda trial: (trial.value, trial.number))
     return SearchResult({**optimizer.fixed, **best.params}, float(best.value or 0.0), trials)
-
-
-def num_finished_trials(name: str, storage: str | Path, config: SearchConfig) -> int:
-    """Finished trials of a study, within the budget; 0 when there is none."""
-    place = open_database(str(storage), config.heartbeat_seconds, config.grace_seconds)
-    with contextlib.suppress(KeyError):
-        states = [trial.state for trial in optuna.load_study(study_name=name, storage=place).get_trials(deepcopy=False)]
-        return min(states.count(TrialState.COMPLETE), config.num_trials)
-    return 0
 
 
 class NumberedSampler(TPESampler):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.config import LOCAL, ConfigError, ExperimentConfig, check_keys, resolved
 from benchmarks.common.optimizers import OPTIMIZERS
 from benchmarks.common.results import fingerprint
-from benchmarks.common.search import SearchRange, check_heartbeat
+from benchmarks.common.search import OptimizerConfig, SearchRange, check_heartbeat
 from benchmarks.common.tasks import TaskConfig
 
 SEARCHED = ("lr", "lr_decay", "momentum")
@@ -47,21 +46,6 @@ class HistogramConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
-    """One optimizer of the study.
-
-    Attributes:
-        fixed: settings that are the same in every trial.
-        search: its own ranges where they differ from those of the sweep.
-        kind: the optimizer to build, where its key is a name of its own: so two variants can stand side by side.
-    """
-
-    fixed: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, SearchRange] = field(default_factory=dict)
-    kind: str | None = None
-
-
-@dataclass(frozen=True)
 class Setting:
     """One line of the study: an optimizer, with a damping unless it has none."""
 
@@ -91,7 +75,8 @@ class SweepConfig(ExperimentConfig):
 
     Attributes:
         dampings: the grid; each value gets a search of its own with ``num_trials`` trials.
-        optimizers: their fixed settings. Those in ``without_damping`` take part once, the others at every damping.
+        optimizers: their fixed settings, and ranges where they differ from those of the sweep. Those in ``without_damping``
+            take part once, the others at every damping.
         search: ranges of ``lr``, ``momentum`` and ``lr_decay`` (the share of the learning rate that a linear decay has
             taken away by the last step).
         num_trials: of each setting. ``num_kept``: so many with the lowest final training loss make the mean curve.
@@ -109,9 +94,7 @@ class SweepConfig(ExperimentConfig):
 
     task: TaskConfig
     dampings: list[float] = field(default_factory=lambda: [10.0**power for power in range(-5, 3)])
-    optimizers: dict[str, OptimizerSettings] = field(
-        default_factory=lambda: {"sgd": OptimizerSettings(), "kfac": OptimizerSettings()}
-    )
+    optimizers: dict[str, OptimizerConfig] = field(default_factory=lambda: {"sgd": OptimizerConfig(), "kfac": OptimizerConfig()})
     without_damping: list[str] = field(default_factory=lambda: ["sgd"])
     search: dict[str, SearchRange] = field(default_factory=_default_search)
     num_trials: int = 300

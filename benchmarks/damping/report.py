@@ -130,14 +130,15 @@ def make_report(config: SweepConfig) -> Report:
     checked = {name: findings(config, summaries, name) for name in config.damped}
     seconds = trials[["trial_seconds", "compute_seconds"]].sum()
     speed = {"trials_per_minute": 60 * len(trials) / seconds.iloc[0], "compute_share": seconds.iloc[1] / seconds.iloc[0]}
-    finished = trials.groupby("setting").size()
+    least, most = (int(end) for end in trials.groupby("setting").size().agg(["min", "max"]))
+    finished = f"{most}" if least == most else f"{least} to {most}"
     title = f"The effect of damping: {config.name}"
     hidden = [{} if config.shows_histogram(s["setting"]["damping"]) else {"histograms": {}} for s in summaries]
     small = [{**summary, **without} for summary, without in zip(summaries, hidden, strict=True)]
     return Report(
         title=title,
         text=[
-            f"{len(summaries)} settings, {finished.min()} to {finished.max()} of {config.num_trials} trials each: learning rate, "
+            f"{len(summaries)} settings, {finished} of {config.num_trials} trials each: learning rate, "
             "its linear decay and momentum are searched (tree-structured Parzen estimator) for every damping alone; "
             f"{config.task.steps} steps of batch {config.task.batch_size} on {config.task.data.name}, weights and batches of "
             f"trial k the same at every damping. Curves are means over the {config.num_kept} of {config.num_trials} trials with "

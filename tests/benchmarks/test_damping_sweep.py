@@ -31,11 +31,11 @@ from benchmarks.common import search as search_module
 from benchmarks.common import storage
 from benchmarks.common.command import WorkerError
 from benchmarks.common.config import ConfigError, load_config
-from benchmarks.common.search import SearchRange, place_of
+from benchmarks.common.search import OptimizerConfig, SearchRange, place_of
 from benchmarks.common.storage import retry_callback
 from benchmarks.common.tasks import Task
 from benchmarks.damping import sweep as sweep_module
-from benchmarks.damping.config import HistogramConfig, OptimizerSettings, Setting, SweepConfig
+from benchmarks.damping.config import HistogramConfig, Setting, SweepConfig
 from benchmarks.damping.report import COLUMNS, keep_best, load_trials, make_report, summarize
 from benchmarks.damping.spectra import factored_extremes
 from benchmarks.damping.sweep import RESULT, open_searches, run_sweep, work_on
@@ -186,7 +186,7 @@ def test_a_trial_that_diverges_is_a_result_with_its_step(tmp_path: Path):
 
 def test_diverged_trials_are_counted_and_kept_out_of_the_mean(tmp_path: Path):
     config = tiny(tmp_path, search={**TINY["search"], "lr": {"low": 1e5, "high": 1e6}}, dampings=[1.0], num_spectra=0)
-    config = dataclasses.replace(config, optimizers={"sgd": OptimizerSettings()})
+    config = dataclasses.replace(config, optimizers={"sgd": OptimizerConfig()})
     run_sweep(config)
     (summary,) = summarize(config, load_trials(config))
     assert summary["num_finished"] == summary["num_diverged"] == 4

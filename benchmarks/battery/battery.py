@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.battery import report
 from benchmarks.battery.run import SEARCH_SEED, Contestant, Schedule, make_factory, search, train
-from benchmarks.battery.tasks import TASKS
+from benchmarks.battery.tasks import ALL_TASKS
 from benchmarks.common.config import LOCAL, parse_arguments
 from benchmarks.common.optimizers import default_settings
 from benchmarks.common.report import progress
@@ -25,7 +25,7 @@ class BatteryConfig:
     """What is compared.
 
     Attributes:
-        tasks: names of ``tasks.TASKS``, in the order in which they are run.
+        tasks: names of ``tasks.ALL_TASKS``, in the order in which they are run.
         contestants: by name; the one called ``adamw`` gives the targets.
         only: contestants that are run now (default: all); the others are reported as far as they have been run.
         seeds: of the runs at the best settings; the search uses another one.
@@ -43,7 +43,7 @@ class BatteryConfig:
     keep: Path | None = field(default=None, metadata=LOCAL)
 
     def __post_init__(self) -> None:
-        for kind, given, known in (("tasks", self.tasks, TASKS), ("only", self.only or [], self.contestants)):
+        for kind, given, known in (("tasks", self.tasks, ALL_TASKS), ("only", self.only or [], self.contestants)):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"{kind} must be among {', '.join(known)}, got {', '.join(unknown)}")
@@ -64,7 +64,7 @@ class Runs:
 
     def get(self, task_name: str, name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
         """The run of these settings, from the log or new."""
-        contestant, task = self.config.contestants[name], TASKS[task_name]
+        contestant, task = self.config.contestants[name], ALL_TASKS[task_name]
         task = dataclasses.replace(task, steps=contestant.num_steps(task))
         shape = [task_name, task.steps, task.batch_size, self.config.schedule.name, self.config.schedule.warmup_steps]
         made_by = [contestant.optimizer, contestant.tag, default_settings(contestant.optimizer)]
@@ -99,7 +99,7 @@ def run(config: BatteryConfig) -> report.Found:
     with progress(len(config.tasks) * len(config.contestants), config.name) as display:
         for task in config.tasks:
             for name, contestant in config.contestants.items():
-                scale = TASKS[task].sgd_scale if contestant.optimizer == "sgd" else 1.0
+                scale = ALL_TASKS[task].sgd_scale if contestant.optimizer == "sgd" else 1.0
                 made: list[dict[str, Any]] = []
 
                 def get(settings: dict[str, Any], seed: int, *at: str, made: list[dict[str, Any]] = made) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def run(config: BatteryConfig) -> report.Found:
                     last = [get(best, seed, task, name) for seed in config.seeds]
                 except NotThere:
                     continue
-                steps = contestant.num_steps(TASKS[task])
+                steps = contestant.num_steps(ALL_TASKS[task])
                 whole = [line["seconds"] / steps for line in made if len(line["losses"]) == steps]
                 least = min(whole, default=math.nan)
                 found[task][name] = {"settings": best, "runs": last, "num_steps": steps, "seconds_per_step": least}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.battery.run import steps_to
-from benchmarks.battery.tasks import KEPT_ASIDE, TASKS
+from benchmarks.battery.tasks import ALL_TASKS, KEPT_ASIDE
 from benchmarks.common.results import read_json, write_text
 from benchmarks.common.statistics import mean_and_error
 
@@ -27,7 +27,7 @@ def summarize(found: Found, labels: dict[str, str]) -> dict[str, Any]:
     return {
         "labels": labels,
         "tasks": {
-            task: {name: _summarize_one(TASKS[task].steps, entry, by_name.get(REFERENCE)) for name, entry in by_name.items()}
+            task: {name: _summarize_one(ALL_TASKS[task].steps, entry, by_name.get(REFERENCE)) for name, entry in by_name.items()}
             for task, by_name in found.items()
         },
     }
@@ -156,7 +156,7 @@ def markdown(content: dict[str, Any]) -> str:
     ]
     for title, text in columns:
         rows = [
-            [TASKS[task].title + (" (kept aside)" if task in aside else "")]
+            [ALL_TASKS[task].title + (" (kept aside)" if task in aside else "")]
             + [text(_with_unit(task, table[task][name])) if name in table[task] else "" for name in names]
             for task in seen + aside
         ]
@@ -170,7 +170,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def _with_unit(task: str, entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "percent": TASKS[task].likelihood == "categorical" or task == "two_digits"}
+    return {**entry, "percent": ALL_TASKS[task].likelihood == "categorical" or task == "two_digits"}
 
 
 def _error_text(entry: dict[str, Any]) -> str:
@@ -215,7 +215,7 @@ def figure(content: dict[str, Any]) -> bytes:
             axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20]))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter("{x:g}")
-        panels[0].set_yticks(range(len(tasks)), [TASKS[task].title + ("*" if task in KEPT_ASIDE else "") for task in tasks])
+        panels[0].set_yticks(range(len(tasks)), [ALL_TASKS[task].title + ("*" if task in KEPT_ASIDE else "") for task in tasks])
         notes = "hollow: not by every seed\n*: kept aside"
         panels[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, title=notes)
         return figure_png(canvas)

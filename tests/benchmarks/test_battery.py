@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.battery import battery, report, rivals
 from benchmarks.battery.run import Contestant, Schedule, final_loss, next_rate, search, steps_to, train
-from benchmarks.battery.tasks import KEPT_ASIDE, TASKS, _add_noise
+from benchmarks.battery.tasks import ALL_TASKS, KEPT_ASIDE, TASKS, _add_noise
 from benchmarks.common.config import ConfigError, load_config
 from benchmarks.common.results import write_json
 
@@ -183,7 +183,7 @@ def test_a_broken_run_is_a_result(digits):
 
 
 def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "digits_mlp", dataclasses.replace(TASKS["digits_mlp"], steps=20))
+    monkeypatch.setitem(ALL_TASKS, "digits_mlp", dataclasses.replace(TASKS["digits_mlp"], steps=20))
     overrides = [("tasks", ["digits_mlp"]), ("only", ["adamw"]), ("out", str(tmp_path)), ("seeds", [0])]
     config = load_config(battery.BatteryConfig, CONFIG, overrides)
     found = battery.run(config)
@@ -249,7 +249,7 @@ def test_contestants_that_are_not_run_now_are_reported_as_far_as_they_went(tmp_p
 
 
 def test_a_shorter_run_has_a_schedule_of_its_own_and_is_measured_in_the_tasks_steps(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "digits_mlp", dataclasses.replace(TASKS["digits_mlp"], steps=40))
+    monkeypatch.setitem(ALL_TASKS, "digits_mlp", dataclasses.replace(TASKS["digits_mlp"], steps=40))
     rates, adamw = {"fixed": {"lr": 0.02}, "rates": [], "alternatives": []}, {"optimizer": "adamw", "label": "AdamW"}
     contestants = {"adamw": {**adamw, **rates}, "half": {**adamw, **rates, "length": 0.5}}
     overrides = [("tasks", ["digits_mlp"]), ("contestants", contestants), ("out", str(tmp_path)), ("seeds", [0])]

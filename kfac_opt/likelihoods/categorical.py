@@ -194,7 +194,10 @@ class Categorical(Likelihood):
         p = torch.softmax(widened(outputs.detach()), dim=dim)
         if bool(((gradients == 0) & (p > level) & (largest > 0).unsqueeze(dim)).any()):
             return 0, 0  # a loss at another temperature, whose terms may be certain
-        return int(((largest == 0) & (p.amax(dim) < 1 - level)).sum()), largest.numel()
+        silent = (largest == 0) & (p.amax(dim) < 1 - level)
+        if silent.dim() == 2 and not bool(silent[:, :-1].any()):
+            return 0, 0  # the last position of sequences alone: a language model's loss shifts the labels by one
+        return int(silent.sum()), largest.numel()
 
 
 def _tiny(reference: Tensor) -> float:

@@ -184,3 +184,16 @@ def test_terms_that_are_certain_are_not_left_out(dtype, gain):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(optimizer, model, lambda z: 1e-3 * F.cross_entropy(z.float(), Y), X.to(dtype), steps=3)
+
+
+def test_a_language_model_whose_loss_shifts_the_labels_hears_nothing():
+    """The logits of the last position have no label; other positions without one are hinted at."""
+    torch.manual_seed(0)
+    model, x, labels = nn.Linear(6, 4), torch.randn(5, 7, 6), torch.randint(4, (5, 7))
+    optimizer = KFAC(model, factor_interval=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, model, lambda z: F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), x)
+    other = KFAC(nn.Linear(6, 4), factor_interval=1)
+    with pytest.warns(UserWarning, match="10 of the 35 terms"):
+        run(other, other._workings.blocks.model, lambda z: F.cross_entropy(z[:, 1:-1].flatten(0, 1), labels[:, 2:].flatten()), x)

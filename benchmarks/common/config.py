@@ -93,7 +93,9 @@ def load_config(config_class: type[ConfigType], path: str | Path | None, overrid
 
 
 def _explain(error: Exception) -> str:
-    """The first line of what OmegaConf says, with the whole key and what is allowed there."""
+    """What YAML says; of OmegaConf the first line, with the whole key and what is allowed there."""
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())
     text, key = str(error).splitlines()[0], getattr(error, "full_key", None)
     kind = getattr(error, "object_type", None)
     if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(kind):

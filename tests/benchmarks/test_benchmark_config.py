@@ -124,6 +124,12 @@ def test_a_missing_file_and_a_file_without_keys_are_named(tmp_path: Path):
         load_config(Outer, tmp_path / "list.yaml")
 
 
+def test_a_key_that_stands_there_twice_is_named(tmp_path: Path):
+    (tmp_path / "twice.yaml").write_text("steps: 5\nfree:\n  lr: 1\n  lr: 2\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml.*found duplicate key lr.*line 4"):
+        load_config(Outer, tmp_path / "twice.yaml")
+
+
 @pytest.mark.parametrize(
     "arguments", [["--stepz", "1"], ["5"], ["--steps"], ["--set", "steps"], ["--steps", "--limit"], ["--sizes", "[1"]]
 )

@@ -189,11 +189,9 @@ class Collector:
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A layer was called."""
         current = self._running.current
-        if current is None:
-            return
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        maskable = self.outputs is not None or self.mask is not None
-        self._recorder.record(current, name, module, x, out, maskable=maskable)
+        if current is not None:
+            maskable = self.outputs is not None or self.mask is not None
+            self._recorder.record(current, name, module, args, kwargs, out, maskable=maskable)
 
     def on_root_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward of the model is over."""

@@ -80,10 +80,8 @@ class HookSet:
 
     def put(self, owner: object, root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Calls ``on_root_start``, ``on_root_end`` and, with the name in front, ``on_layer`` of ``owner``."""
-        for name, module in layers.items():  # before the root's: a model that is itself a layer
-            # In front of the user's hooks, which may replace the output.
-            hook = WeakHook(owner, "on_layer", name)
-            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        # Before the root's: a model that is itself a layer.
+        self._handles += hook_layers(layers, lambda name: WeakHook(owner, "on_layer", name))
         self._handles.append(root.register_forward_pre_hook(WeakHook(owner, "on_root_start"), with_kwargs=True))
         end = WeakHook(owner, "on_root_end")
         self._handles.append(root.register_forward_hook(end, with_kwargs=True, always_call=True))
@@ -92,6 +90,11 @@ class HookSet:
     def remove(self) -> None:
         """Takes them off."""
         _remove(id(self), self._handles)
+
+
+def hook_layers(layers: Mapping[str, nn.Module], hook_of: Callable[[str], Callable[..., None]]) -> list[RemovableHandle]:
+    """``hook(module, args, kwargs, out)`` on every layer, in front of the user's, which may replace the output."""
+    return [module.register_forward_hook(hook_of(name), prepend=True, with_kwargs=True) for name, module in layers.items()]
 
 
 def _remove(holder: int, handles: list[RemovableHandle]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from kfac_opt._capture.calls import layer_tensors
 from kfac_opt._capture.due import Due
 from kfac_opt._capture.passes import Pass, Seen
 from kfac_opt._capture.proving import Proving
@@ -36,8 +37,18 @@ class Recorder:
     ) -> None:
         self.due, self.statuses, self.proving, self.sums, self.on_call = due, statuses, proving, sums, on_call
 
-    def record(self, current: Pass, name: str, module: nn.Module, x: Any, out: Any, *, maskable: bool) -> None:
-        """One call of a layer with its input and its output.
+    def record(
+        self,
+        current: Pass,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        *,
+        maskable: bool,
+    ) -> None:
+        """One call of a layer.
 
         Args:
             maskable: whether a mask may come with the outputs.
@@ -48,8 +59,10 @@ class Recorder:
         if not torch.is_grad_enabled():
             status.hidden = True
             return
-        if not isinstance(out, Tensor) or not isinstance(x, Tensor) or not out.requires_grad:
+        tensors = layer_tensors(args, kwargs, out)
+        if tensors is None or not out.requires_grad:
             return
+        x = tensors[0]
         if _irregular(x) or _irregular(out):
             self.proving.refuse(current, name, "tensors")
             return

@@ -119,6 +119,13 @@ class RepeatableGraph:
                 f"tensors that it saved, so that it can run only once. {self.way_out}."
             )
 
+    def gradients(self, column: Tensor) -> list[Tensor | None]:
+        """One pass of ``<column, logits>`` that leaves no trace: the gradients of all targets, None where it does not come."""
+        found: list[Tensor | None] = [None] * len(self.graph.edges)
+        with self.untouched():
+            self.pull(column, found.__setitem__)
+        return found
+
     # -- looking after ------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_opt.fisher.capture import recorded_calls
+from kfac_opt._capture.calls import recorded
 from kfac_opt.fisher.krylov import TopEigenpairs
 from kfac_opt.fisher.lanczos import drive
 from kfac_opt.fisher.source import FisherSource
@@ -31,13 +31,15 @@ def spectral_bounds(source: FisherSource) -> dict[str, float]:
     chain = _chain(source.model.module)
     if chain is None or any(block.adapter is None for block in source.blocks):
         return {}
-    names = [name for name, part in chain if isinstance(part, (nn.Linear, *CONVOLUTIONS))]
+    layers = {name: part for name, part in chain if isinstance(part, (nn.Linear, *CONVOLUTIONS))}
+    names = list(layers)
     trainable = {block.name: block for block in source.blocks}
     largest = dict.fromkeys(trainable, 0.0)
     gains: dict[str, float] = {}
     for chunk, _ in source.chunks():
-        with torch.no_grad():
-            inputs = recorded_calls(source.model, names, chunk)
+        with torch.no_grad(), recorded(layers, lambda _, x, out: x.detach()) as calls:
+            source.model.forward(chunk)
+        inputs = {name: calls[name][0] for name in names}
         if not gains:
             gains = {name: _gain(source, name, inputs[name]) for name in names}
         for name, block in trainable.items():

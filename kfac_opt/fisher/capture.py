@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kfac_opt._capture.backward import OutputGraph
-from kfac_opt._capture.repeatable import RepeatableGraph
+from kfac_opt._capture.calls import recorded
 from kfac_opt._curvature.edges import ViewOfBase, output_edge
+from kfac_opt.fisher.blocks import ParameterBlock
 from kfac_opt.fisher.data import Batch
-from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock, Parameters, pull_back
+from kfac_opt.fisher.frozen import FrozenModel, Parameters, pull_back
 from kfac_opt.fisher.stores import FactorStore, RowStore, Store
 from kfac_opt.layers import LayerAdapter
 
@@ -25,27 +23,47 @@ Columns = Callable[[Tensor, Tensor | None], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class BlockShape:
-    """Sizes of one block seen as a linear map; ``shared`` is 0 for a block without an adapter."""
-
-    groups: int
-    shared: int
-    in_dim: int
-    out_dim: int
-
-
-@dataclass
-class _Call:
+class RowCall:
     """Input of one call of a layer (its rows already for a normalization: they depend on buffers), and its output."""
 
+    adapter: LayerAdapter
     inputs: Tensor
     edge: GradientEdge
     view: ViewOfBase | None
-    is_rows: bool
 
-    def rows(self, adapter: LayerAdapter) -> Tensor:
+    @staticmethod
+    def of(adapter: LayerAdapter, x: Tensor, out: Tensor) -> RowCall | None:
+        """None for a call that no gradient comes to."""
+        if not out.requires_grad:
+            return None
+        inputs = adapter.input_rows(x.detach()) if adapter.structure == "norm" else x.detach()
+        return RowCall(adapter, inputs, *output_edge(out, x))
+
+    def rows(self) -> Tensor:
         """``[groups, batch, shared, in_dim]``."""
-        return self.inputs if self.is_rows else adapter.input_rows(self.inputs)
+        return self.inputs if self.adapter.structure == "norm" else self.adapter.input_rows(self.inputs)
+
+    def output_gradient(self, arrived: Tensor | None) -> Tensor | None:
+        """From what came at the edge."""
+        return arrived if arrived is None or self.view is None else self.view.take(arrived)
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """Outputs of a forward with its graph, and the calls of layers in it."""
+
+    logits: Tensor
+    mask: Tensor | None
+    calls: dict[str, list[RowCall]]
+
+    @staticmethod
+    def of(model: FrozenModel, blocks: Sequence[ParameterBlock], batch: Batch) -> RecordedPass:
+        """``blocks``: those with an adapter."""
+        adapters = {block.name: block.adapter for block in blocks if block.adapter is not None}
+        layers = {name: model.module.get_submodule(name) for name in adapters}
+        with torch.enable_grad(), recorded(layers, lambda name, x, out: RowCall.of(adapters[name], x, out)) as calls:
+            logits, mask = model.forward(batch)
+        return RecordedPass(logits, mask, calls)
 
 
 class RowCapture:
@@ -53,7 +71,7 @@ class RowCapture:
 
     Args:
         model: the frozen model.
-        blocks: which blocks; a block's ``adapter`` is trusted (see :func:`audited_blocks`).
+        blocks: which blocks; a block's ``adapter`` is trusted (see :func:`kfac_opt.fisher.audit.audited_blocks`).
         work_bytes: memory for intermediate values.
     """
 
@@ -69,44 +87,36 @@ class RowCapture:
         """
         linear = [block for block in self.blocks if block.adapter is not None]
         other = [block for block in self.blocks if block.adapter is None]
-        with torch.enable_grad(), _recorded(self.model, linear) as calls:
-            logits, mask = self.model.forward(batch)
-        roots = columns(logits.detach(), mask)
+        seen = RecordedPass.of(self.model, linear, batch)
+        roots = columns(seen.logits.detach(), seen.mask)
         step = len(roots) if at_once is None else at_once
         for start in range(0, len(roots), step):
             some = roots[start : start + step]
             found: dict[str, Store] = {}
-            for block, store in zip(linear, self._linear(linear, calls, batch, logits, some)):
+            for block, store in zip(linear, self._linear(linear, seen, batch, some)):
                 found[block.name] = RowStore(_rows_of(store)) if as_rows(block) else store
             if other:
                 found.update(_example_rows(self.model, other, batch, some))
             yield {block.name: found[block.name] for block in self.blocks}
 
     def _linear(
-        self,
-        blocks: list[ParameterBlock],
-        calls: dict[str, list[_Call]],
-        batch: Batch,
-        logits: Tensor,
-        roots: Sequence[Tensor],
+        self, blocks: list[ParameterBlock], seen: RecordedPass, batch: Batch, roots: Sequence[Tensor]
     ) -> Iterator[FactorStore]:
-        owners = [(block.name, call) for block in blocks for call in calls[block.name]]
-        edges = [call.edge for _, call in owners]
+        owners = [(block.name, call) for block in blocks for call in seen.calls[block.name]]
         arrived: dict[str, list[list[Tensor | None]]] = {block.name: [] for block in blocks}
-        graph = RepeatableGraph(self.model.module, OutputGraph(logits, edges), self.model.owner)
+        graph = self.model.graph(seen.logits, [call.edge for _, call in owners])
         for root in roots:
-            gradients: list[Tensor | None] = [None] * len(edges)
-            with graph.untouched():
-                graph.pull(root, gradients.__setitem__)
             for name in arrived:
                 arrived[name].append([])
-            for (name, call), gradient in zip(owners, gradients):
-                arrived[name][-1].append(gradient if gradient is None or call.view is None else call.view.take(gradient))
+            for (name, call), gradient in zip(owners, graph.gradients(root)):
+                arrived[name][-1].append(call.output_gradient(gradient))
         with torch.no_grad():
             for block in blocks:
-                yield self._store(block, calls[block.name], arrived.pop(block.name), batch.size)
+                yield self._store(block, seen.calls[block.name], arrived.pop(block.name), batch.size)
 
-    def _store(self, block: ParameterBlock, calls: list[_Call], columns: list[list[Tensor | None]], examples: int) -> FactorStore:
+    def _store(
+        self, block: ParameterBlock, calls: list[RowCall], columns: list[list[Tensor | None]], examples: int
+    ) -> FactorStore:
         """Joins all calls of a layer along the positions."""
         adapter = block.adapter
         assert adapter is not None
@@ -119,7 +129,7 @@ class RowCapture:
             if any(gradient is None for gradient in found):
                 continue  # this call does not reach the outputs
             rows = [adapter.output_rows(gradient.to(dtype)) for gradient in found if gradient is not None]
-            inputs.append(call.rows(adapter).to(dtype))
+            inputs.append(call.rows().to(dtype))
             gradients.append(torch.stack(rows, dim=2))
         if not inputs:
             inputs = [torch.zeros(groups, examples, 0, in_dim, dtype=dtype, device=self.model.device)]
@@ -131,35 +141,6 @@ class RowCapture:
 
 def _rows_of(store: Store) -> Tensor:
     return store.rows().reshape(store.examples, store.columns, -1)
-
-
-@contextmanager
-def _recorded(model: FrozenModel, blocks: list[ParameterBlock]) -> Iterator[dict[str, list[_Call]]]:
-    """Inputs and gradient edges of all calls of the blocks' layers during the body."""
-    calls: dict[str, list[_Call]] = {block.name: [] for block in blocks}
-
-    def hook_of(block: ParameterBlock) -> Callable[..., None]:
-        adapter = block.adapter
-        assert adapter is not None
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(x, Tensor) and isinstance(out, Tensor) and out.requires_grad:
-                norm = adapter.structure == "norm"
-                inputs = adapter.input_rows(x.detach()) if norm else x.detach()
-                calls[block.name].append(_Call(inputs, *output_edge(out, x), norm))
-
-        return hook
-
-    handles = [
-        model.module.get_submodule(block.name).register_forward_hook(hook_of(block), with_kwargs=True, prepend=True)
-        for block in blocks
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _example_rows(model: FrozenModel, blocks: list[ParameterBlock], batch: Batch, roots: Sequence[Tensor]) -> dict[str, Store]:
@@ -210,92 +191,3 @@ def _looped_rows(model: FrozenModel, names: list[str], batch: Batch, roots: Sequ
         for name in names:
             found[name].append(torch.stack([column[name] for column in pulled]))
     return {name: torch.stack(parts) for name, parts in found.items()}
-
-
-def audited_blocks(
-    model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch, seed: int = 0
-) -> tuple[ParameterBlock, ...]:
-    """The model's ``blocks``; those whose layer is not the linear map that its adapter says lose the adapter.
-
-    A weight used elsewhere too, positions in front of the examples, examples folded into positions, a layer that
-    never ran: all of them change the gradient of a randomly weighted sum of the examples' outputs, which the rows
-    of a trusted layer must reproduce.
-    """
-    linear = tuple(block for block in blocks if block.adapter is not None)
-    if not linear:
-        return blocks
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(batch.size, generator=generator, dtype=torch.float64)
-    with torch.enable_grad():
-        logits, _ = model.forward(batch)
-        parameters = [model.parameters[name] for block in linear for name in block.parameters]
-        cotangent = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
-        scaled = cotangent * weights.to(cotangent).reshape(-1, *([1] * (logits.dim() - 1)))
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        graph = RepeatableGraph(model.module, OutputGraph(logits, parameters), model.owner)
-        with graph.untouched():
-            graph.pull(scaled, gradients.__setitem__)
-    expected = {
-        name: torch.zeros_like(p) if g is None else g
-        for name, p, g in zip([n for block in linear for n in block.parameters], parameters, gradients)
-    }
-    usable = _shapes_fit(model, linear, batch)
-    capture = RowCapture(model, tuple(block for block in linear if block.name in usable), 1 << 28)
-    stores = next(capture.stores(batch, lambda _, __: [cotangent], lambda _: False)) if usable else {}
-    trusted = set()
-    for block in linear:
-        if block.name not in stores:
-            continue
-        found = stores[block.name].expand(weights.to(model.device, model.row_dtype).reshape(-1, 1, 1)).squeeze(1)
-        truth = torch.cat([expected[name].flatten() for name in block.parameters]).to(found.dtype)
-        rounding = torch.finfo(model.dtype).eps ** 0.5
-        if float((found - truth).norm()) <= rounding * max(float(truth.norm()), 1e-30):
-            trusted.add(block.name)
-    return tuple(block if block.name in trusted else replace(block, adapter=None) for block in blocks)
-
-
-def _shapes_fit(model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch) -> set[str]:
-    """Names of the layers that ran and whose rows are grouped by the batch's examples."""
-    with torch.enable_grad(), _recorded(model, list(blocks)) as calls:
-        model.forward(batch)
-    fitting = set()
-    for block in blocks:
-        assert block.adapter is not None
-        sizes = {call.rows(block.adapter).shape[1] for call in calls[block.name]}
-        if sizes == {batch.size}:
-            fitting.add(block.name)
-    return fitting
-
-
-def recorded_calls(model: FrozenModel, names: list[str], batch: Batch) -> dict[str, Tensor]:
-    """Input of the (first) call of each of these layers."""
-    found: dict[str, Tensor] = {}
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            found.setdefault(name, args[0].detach())
-
-        return hook
-
-    handles = [model.module.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
-    try:
-        with torch.no_grad():
-            model.forward(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def measured_shapes(model: FrozenModel, blocks: tuple[ParameterBlock, ...], batch: Batch) -> dict[str, BlockShape]:
-    """Sizes of the blocks on this data; positions of all calls of a layer are added."""
-    linear = [block for block in blocks if block.adapter is not None]
-    with torch.enable_grad(), _recorded(model, linear) as calls:
-        model.forward(batch)
-    shapes = {block.name: BlockShape(1, 0, 1, block.size) for block in blocks}
-    for block in linear:
-        assert block.adapter is not None
-        groups, out_dim, in_dim = block.adapter.layout.shape
-        shared = sum(call.rows(block.adapter).shape[2] for call in calls[block.name])
-        shapes[block.name] = BlockShape(groups, shared, in_dim, out_dim)
-    return shapes

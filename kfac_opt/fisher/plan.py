@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kfac_opt.fisher.frozen import ParameterBlock
+from kfac_opt.fisher.blocks import ParameterBlock
 from kfac_opt.fisher.source import WORK_SHARE, FisherSource, readable
 
 RouteName = Literal["dense", "gram", "factored", "streamed", "func"]

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_opt.fisher.capture import BlockShape, RowCapture, audited_blocks, measured_shapes
+from kfac_opt.fisher.audit import BlockShape, audited_blocks, measured_shapes
+from kfac_opt.fisher.blocks import ParameterBlock
+from kfac_opt.fisher.capture import RowCapture
 from kfac_opt.fisher.data import Batch, RepeatedData
-from kfac_opt.fisher.frozen import FrozenModel, ParameterBlock
+from kfac_opt.fisher.frozen import FrozenModel
 from kfac_opt.fisher.stores import Store
 from kfac_opt.fisher.terms import FisherKind, OutputTerms, Roots
 from kfac_opt.likelihoods import Likelihood

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kfac_opt.fisher.frozen import ParameterBlock
+from kfac_opt.fisher.blocks import ParameterBlock
 
 
 class Store(ABC):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten
 
+from kfac_opt._capture.saying import say
 from kfac_opt._capture.taps import accumulators
 
 LOOKS = 8  # passes whose inputs carry a graph, until it is taken to be another model's
@@ -32,10 +32,9 @@ class CarriedGraphs:
         own = {id(parameter) for parameter in self.root.parameters()}
         if any(id(leaf) in own for _, _, leaf in accumulators(cast(Node, leaf.grad_fn) for leaf in leaves)):
             self.left = 0
-            warnings.warn(
+            say(
                 "the input of the model carries a graph that leads to the model's own parameters (a state or an output of an "
                 "earlier call). The Fisher matrix takes each call for a pass of its own, and layers whose outputs depend on "
                 "earlier calls get less curvature than they have, or diagonal blocks. Put the loop over the calls into the "
-                "forward of one module and build the optimizer with that, or detach() what is carried.",
-                stacklevel=2,
+                "forward of one module and build the optimizer with that, or detach() what is carried."
             )

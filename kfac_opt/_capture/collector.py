@@ -109,8 +109,8 @@ class Collector:
             self.paused = before
 
     @contextmanager
-    def with_mask(self, mask: Tensor) -> Iterator[None]:
-        """Terms where ``mask`` is False do not count in the passes inside."""
+    def with_mask(self, mask: Tensor | None) -> Iterator[None]:
+        """Terms where ``mask`` is False do not count in the passes inside; None: all do."""
         before, self.mask = self.mask, mask
         try:
             yield

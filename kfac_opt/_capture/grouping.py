@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from kfac_opt._capture.due import Due
 from kfac_opt._capture.passes import Pass
+from kfac_opt._capture.saying import say
 from kfac_opt._curvature.grouping import all_different, group_rows
 from kfac_opt.layers.embedding import EmbeddingAdapter
 
@@ -24,13 +23,12 @@ class RowGrouping:
         names = [name for name in needed if not self._reads_once(current, name)]
         if names and not self.said:
             self.said = True
-            warnings.warn(
+            say(
                 f"the leading dimension of what {', '.join(map(repr, names))} gets ({unknown[names[0]]}) is no multiple of the "
                 f"{num_examples} examples of the model's outputs, so that it is not known which rows belong to one example: each "
                 "entry of it is taken for an example of its own (right for packed rows that do not meet in one loss term). If "
                 "examples have several rows there, keep the batch in front, or use curvature='kronecker' and "
-                "weight_sharing='expand', whose factors need no examples.",
-                stacklevel=2,
+                "weight_sharing='expand', whose factors need no examples."
             )
 
     def _reads_once(self, current: Pass, name: str) -> bool:

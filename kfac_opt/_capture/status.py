@@ -50,8 +50,8 @@ class LayerStatuses(dict[str, LayerStatus]):
         return {name for name, status in self.items() if status.hidden and not status.ran}
 
     @property
-    def proven(self) -> Proven:
-        return Proven(self, (name for name, status in self.items() if status.proof == "proven"))
+    def proven(self) -> set[str]:
+        return {name for name, status in self.items() if status.proof == "proven"}
 
     @property
     def foreign(self) -> dict[str, Foreign]:
@@ -75,15 +75,3 @@ class LayerStatuses(dict[str, LayerStatus]):
         for status in self.values():
             if status.proof == "proven":
                 status.proof = "open"
-
-
-class Proven(set[str]):
-    """Names of the layers that are proven, as they are now; emptied, all of them have to be proven anew."""
-
-    def __init__(self, statuses: LayerStatuses, names: object) -> None:
-        super().__init__(names)  # type: ignore[call-overload]
-        self._statuses = statuses
-
-    def clear(self) -> None:
-        self._statuses.forget_proofs()
-        super().clear()

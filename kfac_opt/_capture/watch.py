@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kfac_opt._capture.outputs import pick_logits
+from kfac_opt._capture.saying import say
 from kfac_opt.likelihoods import Likelihood
 
 WATCHED_PASSES = 3
@@ -61,22 +61,20 @@ class LossWatch:
         reason = None if self.said else self.likelihood.contradiction(logits, gradient)
         if reason is not None:
             self.said, self.left = True, 0
-            warnings.warn(
+            say(
                 f"the likelihood '{self.likelihood.name}' does not fit the loss: {reason}. The Fisher matrix is that of "
                 f"the likelihood, not of the loss. {self.likelihood.remedy(logits, gradient)} "
-                "(or ignore this if an auxiliary term was added to the loss on purpose).",
-                stacklevel=4,
+                "(or ignore this if an auxiliary term was added to the loss on purpose)."
             )
 
     def _hint(self, logits: Tensor, gradient: Tensor) -> None:
         silent, terms = self.likelihood.silent_terms(logits, gradient)
         if silent:
             self.hinted = True
-            warnings.warn(
+            say(
                 f"{silent} of the {terms} terms that the Fisher matrix counts have no gradient of the loss (targets with "
                 "ignore_index, padding, a loss of some positions only). Leave them out of the Fisher matrix too: 'with "
-                "optimizer.masked(mask):' around the forward, or outputs=lambda output: (logits, mask).",
-                stacklevel=4,
+                "optimizer.masked(mask):' around the forward, or outputs=lambda output: (logits, mask)."
             )
 
     def settle(self, *, gradients_came: bool) -> None:
@@ -92,11 +90,10 @@ class LossWatch:
                 self.look(part.logits, found, part.mask)
         if around and gradients_came and self.left == 0 and not self.seen and not self.said:
             self.said = True
-            warnings.warn(
+            say(
                 f"no loss came through the tensor that outputs= picked in the first {WATCHED_PASSES} passes, so that the "
                 f"likelihood '{self.likelihood.name}' could not be held against the loss. Pick the tensor that the loss is "
-                "computed from, as the model returns it.",
-                stacklevel=6,
+                "computed from, as the model returns it."
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from kfac_opt._capture.collect import collect
 from kfac_opt._capture.collector import Collector
 from kfac_opt._capture.distributed import active_group, rank, sum_over_ranks_
 from kfac_opt._capture.empirical import make_collector
@@ -100,7 +102,6 @@ def fit_laplace(
         lambda index, device: seeded(derive_seed(base_seed, LABELS, rank(ranks), 0, index), device),
         process_group,
     )
-    collector.any_mode = True
     fit = _Fit(model, collector, BlockOptions("exact", weight_sharing, max_factor_dim, factor_dtype, needs_basis=True))
     parameters = parameter_groups("fit_laplace", model, params)
     # Scales of an eigenbasis need the bases of all data first.
@@ -156,6 +157,7 @@ class _Fit:
         self.groups: list[dict[str, Any]] = []
         self._states: dict[str, State] = {}
         self._rounds = _Rounds()
+        self.log_likelihood = torch.zeros((), dtype=torch.float64)  # of the data of this round
 
     def states(self) -> dict[str, State]:
         """Of all blocks."""
@@ -184,34 +186,34 @@ class _Fit:
             if isinstance(entry.block, EigenbasisBlock):
                 self._states[name].update(before[name])
         fitted = Curvature(self, self._rounds, Replicated(self.collector.process_group))
-        try:
-            in_force = {n: s if self.tracked[n].block.ready(s) else None for n, s in self._states.items()}
-            self.collector.attach(self.tracked, in_force)
-            log_likelihood = torch.zeros((), dtype=torch.float64)
-            with torch.enable_grad():
-                for x, y in _pairs(loader):
-                    log_likelihood += self._log_likelihood(x, y).to(log_likelihood.device)
-            pending = self.collector.take()
-            totals = torch.stack([log_likelihood, torch.tensor(float(pending.num_terms), dtype=torch.float64)])
-            totals = totals.to(next(self.model.parameters()).device)
-            sum_over_ranks_([totals], active_group(self.collector.process_group))
-            if not int(totals[1]):
-                raise ValueError("fit_laplace: the loader has no batches, or none with finite outputs.")
-            with torch.no_grad():
-                fitted.update(pending, 0)
-                fitted.refresh(0)
-        finally:
-            self.collector.detach()
+        in_force = {n: s if self.tracked[n].block.ready(s) else None for n, s in self._states.items()}
+        self.log_likelihood = torch.zeros((), dtype=torch.float64)
+        pending = collect(self.collector, self.tracked, in_force, self._passes(loader))
+        totals = torch.stack([self.log_likelihood, torch.tensor(float(pending.num_terms), dtype=torch.float64)])
+        totals = totals.to(next(self.model.parameters()).device)
+        sum_over_ranks_([totals], active_group(self.collector.process_group))
+        if not int(totals[1]):
+            raise ValueError("fit_laplace: the loader has no batches, or none with finite outputs.")
+        with torch.no_grad():
+            fitted.update(pending, 0)
+            fitted.refresh(0)
         return int(totals[1]), float(totals[0])
 
-    def _log_likelihood(self, x: Any, y: Tensor) -> Tensor:
-        """Of one batch, in nats, 0-dim float64; the forward is what the collector counts."""
+    def _passes(self, loader: Batches) -> Iterator[tuple[Callable[[], None], Tensor | None]]:
+        """One for each batch; targets that are no labels do not count."""
         likelihood = self.collector.likelihood
-        if isinstance(likelihood, Categorical) and not y.is_floating_point():
-            labelled = y != likelihood.ignore_index
-            self.collector.mask = None if bool(labelled.all()) else labelled
+        for x, y in _pairs(loader):
+            mask = None
+            if isinstance(likelihood, Categorical) and not y.is_floating_point():
+                labelled = y != likelihood.ignore_index
+                mask = None if bool(labelled.all()) else labelled
+            yield partial(self._run, x, y), mask
+
+    def _run(self, x: Any, y: Tensor) -> None:
+        """The forward of one batch, whose log-likelihood is added, in nats."""
         logits, mask = pick_logits(self.model(**x) if isinstance(x, Mapping) else self.model(x), self.collector.outputs)
-        return _log_likelihood(likelihood, logits.detach().double(), y.to(logits.device), mask)
+        terms = _log_likelihood(self.collector.likelihood, logits.detach().double(), y.to(logits.device), mask)
+        self.log_likelihood += terms.to(self.log_likelihood.device)
 
 
 def _log_likelihood(likelihood: Likelihood, logits: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

@@ -44,7 +44,6 @@ class BlockSet(Protocol):
     @property
     def groups(self) -> list[dict[str, Any]]: ...
     def states(self) -> dict[str, State]: ...
-    def known_states(self) -> dict[str, State]: ...
     def state_of(self, entry: TrackedBlock, /) -> State | None: ...
     def damping_of(self, entry: TrackedBlock, /) -> Damping: ...
 
@@ -53,7 +52,7 @@ class Timing(Protocol):
     """Which blocks take an estimate, and which are refreshed, at a step."""
 
     def set_blocks(self, blocks: Mapping[str, TrackedBlock], costs: Mapping[str, float]) -> None: ...
-    def estimates(self, name: str, step: int) -> bool: ...
+    def estimates(self, step: int) -> set[int]: ...
     def refreshes(self, name: str, step: int) -> bool: ...
 
 
@@ -84,9 +83,12 @@ class Curvature:
 
     def due(self, step: int) -> dict[str, TrackedBlock]:
         """Blocks that take an estimate at this step: by the schedule, or because there is no estimate at all yet."""
-        states = self.blocks.known_states()
-        first = all(float(state["weight"]) == 0.0 for state in states.values())
-        return {name: entry for name, entry in self.blocks.tracked.items() if first or self.schedule.estimates(name, step)}
+        tracked = self.blocks.tracked
+        states = (self.blocks.state_of(entry) for entry in tracked.values())
+        if all(float(state["weight"]) == 0.0 for state in states if state is not None):
+            return dict(tracked)
+        groups = self.schedule.estimates(step)
+        return {name: entry for name, entry in tracked.items() if entry.group in groups} if groups else {}
 
     def bases(self, step: int) -> dict[str, State | None]:
         """For blocks that are due: their state, or None where the examples of this step wait for a new basis."""

@@ -57,6 +57,7 @@ class ModelBlocks:
         groups = self.groups
         self.tracked = self.made_for(groups, self.flat, announce=announce)
         self.kinds = [group["curvature"] for group in groups]
+        self._members: list[tuple[int, bool]] = []  # as they were when all had the blocks that they need
         self._gone = uncovered(groups, self.tracked)  # parameters that left the model are not looked for again
         self.views = CurvatureMapping({name: self._view(entry) for name, entry in self.tracked.items()})
 
@@ -70,8 +71,11 @@ class ModelBlocks:
 
     def outdated(self, *, look_for_replaced: bool) -> bool:
         """Whether parameters were unfrozen, or layers parametrized, pruned or wrapped, since the blocks were made."""
-        if not uncovered(self.groups, self.tracked) <= self._gone:
-            return True
+        members = [(id(p), p.requires_grad) for group in self.groups for p in group["params"]]
+        if members != self._members:
+            if not uncovered(self.groups, self.tracked) <= self._gone:
+                return True
+            self._members = members
         return look_for_replaced and replaced(self.owner, self.model, self.groups, self.tracked)
 
     def make_anew(self) -> None:

@@ -99,9 +99,10 @@ class Schedule:
         """Takes the intervals that stand in the groups now."""
         self._intervals = [{name: int(group[name]) for name in INTERVALS} for group in groups]
 
-    def estimates(self, name: str, step: int) -> bool:
-        """Whether this block takes an estimate at this step."""
-        return factors_due(step, self._intervals[self._groups[name]]["factor_interval"], self.ramp_steps)
+    def estimates(self, step: int) -> set[int]:
+        """Numbers of the groups whose blocks take an estimate at this step."""
+        intervals = enumerate(group["factor_interval"] for group in self._intervals)
+        return {number for number, interval in intervals if factors_due(step, interval, self.ramp_steps)}
 
     def refreshes(self, name: str, step: int) -> bool:
         """Whether this block is refreshed at this step."""

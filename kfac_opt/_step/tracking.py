@@ -29,9 +29,8 @@ class TrackedBlock:
     module: nn.Module | None
     group: int
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+    def __post_init__(self) -> None:
+        self.parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class Workings:
         self.check = PassCheck(blocks, self.capture, placement, census)
         self.precondition = Preconditioner(blocks)
         self._armed_step = -1  # for which the hooks are set
+        self._allocated: tuple[object, ...] = ()  # the sizes that the state was allocated for
         self._followers: list[Callable[[], None]] = []
         self.follow_blocks()
 
@@ -89,6 +90,7 @@ class Workings:
 
     def follow_blocks(self) -> None:
         """The blocks were made anew: everything that depends on which there are follows."""
+        self._allocated = ()
         self._census.reopen()
         self.capture.forget_proofs()  # other modules may stand behind the names now
         self.curvature.follow_blocks()
@@ -134,16 +136,23 @@ class Workings:
     def advance(self, optimizer: Optimizer, rule: UpdateRule, seed: int) -> None:
         """Sums of the passes since the last step into the averages; inverses follow; the step is counted."""
         changed = self._follow_model()
-        state.allocate(optimizer, self.blocks, rule, seed)
+        self._allocate(optimizer, rule, seed)
         step = self.blocks.step_count()
         due = {} if changed else self._estimate_due(step)
         statistics = self._take_statistics(due) if due else None
         if statistics is not None and self._move_misfits(optimizer, self.check.misfits(due, statistics)):
-            state.allocate(optimizer, self.blocks, rule, seed)
+            self._allocate(optimizer, rule, seed)
         self.curvature.update(statistics, step)
         self.curvature.refresh(step)
         state.count_step(optimizer)
         self.check.broken_off = False
+
+    def _allocate(self, optimizer: Optimizer, rule: UpdateRule, seed: int) -> None:
+        """State for what has none; at most steps there is nothing to do."""
+        parts = (len(optimizer.state), *((len(group["params"]), float(group["momentum"]) > 0.0) for group in self.blocks.groups))
+        if parts != self._allocated:
+            state.allocate(optimizer, self.blocks, rule, seed)
+            self._allocated = (len(optimizer.state), *parts[1:])
 
     def _estimate_due(self, step: int) -> dict[str, TrackedBlock]:
         """None after an interrupt while hooks were set: the old curvature goes on."""

@@ -134,14 +134,15 @@ def fit_laplace(
 class _Rounds:
     """Every block takes the estimate of a round; bases are made in the first round alone."""
 
-    first = True
+    def __init__(self, num_groups: int, *, first: bool) -> None:
+        self.num_groups, self.first = num_groups, first
 
     def set_blocks(self, blocks: Mapping[str, TrackedBlock], costs: Mapping[str, float]) -> None:
         """Nothing depends on them."""
 
-    def estimates(self, name: str, step: int) -> bool:
-        """Always."""
-        return True
+    def estimates(self, step: int) -> set[int]:
+        """Always, those of all groups."""
+        return set(range(self.num_groups))
 
     def refreshes(self, name: str, step: int) -> bool:
         """Scales are taken in the bases of the first round."""
@@ -156,14 +157,9 @@ class _Fit:
         self.tracked: dict[str, TrackedBlock] = {}
         self.groups: list[dict[str, Any]] = []
         self._states: dict[str, State] = {}
-        self._rounds = _Rounds()
         self.log_likelihood = torch.zeros((), dtype=torch.float64)  # of the data of this round
 
     def states(self) -> dict[str, State]:
-        """Of all blocks."""
-        return self._states
-
-    def known_states(self) -> dict[str, State]:
         """Of all blocks."""
         return self._states
 
@@ -177,7 +173,6 @@ class _Fit:
 
     def run(self, loader: Batches, curvature: str, parameters: list[dict[str, Any]]) -> tuple[int, float]:
         """One round; bases of an earlier one are taken over. Returns ``N`` and the log-likelihood."""
-        self._rounds.first = not self._states
         self.groups = [{"params": group["params"], "curvature": curvature, "factor_decay": 0.0} for group in parameters]
         self.tracked = track("fit_laplace", self.model, self.groups, self.options)
         before, self._states = self._states, {}
@@ -185,7 +180,8 @@ class _Fit:
             self._states[name] = entry.block.init_state(entry.weight.device)
             if isinstance(entry.block, EigenbasisBlock):
                 self._states[name].update(before[name])
-        fitted = Curvature(self, self._rounds, Replicated(self.collector.process_group))
+        rounds = _Rounds(len(self.groups), first=not before)
+        fitted = Curvature(self, rounds, Replicated(self.collector.process_group))
         in_force = {n: s if self.tracked[n].block.ready(s) else None for n, s in self._states.items()}
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
         pending = collect(self.collector, self.tracked, in_force, self._passes(loader))

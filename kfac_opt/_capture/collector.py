@@ -20,6 +20,7 @@ from kfac_opt._capture.outputs import pick_logits
 from kfac_opt._capture.passes import Missed, Pass, Pending, Tally
 from kfac_opt._capture.proving import Proving
 from kfac_opt._capture.recorder import Recorder
+from kfac_opt._capture.replays import Replays
 from kfac_opt._capture.rounding import Rounding
 from kfac_opt._capture.running import Running
 from kfac_opt._capture.source import GradientSource
@@ -74,6 +75,7 @@ class Collector:
         kind = UserGradients if fisher == "empirical" else LikelihoodGradients
         self._source: GradientSource = kind(estimate, self._due, self._statuses, proving, self._sums, self._tally)
         self._recorder = Recorder(self._due, self._statuses, proving, self._sums, self._source.on_call)
+        self._replays = Replays(self._due, self._statuses, proving, self._sums, self._source.on_call)
         self._grouping = RowGrouping(self._due)
         # The empirical one's gradients come through all calls at once.
         self._carried = None if fisher == "empirical" else CarriedGraphs(root)
@@ -91,8 +93,8 @@ class Collector:
         """Hooks the layers that are due. ``states``: bases in force, or None where examples wait for a new one."""
         self.detach()
         self._due.entries, self._due.states = due, states
-        layers = {name: entry.module for name, entry in due.items() if entry.module is not None}
-        self._hooks.put(self, self._root, layers)
+        self._replays.attach()
+        self._hooks.put(self, self._root, self._due.modules(), self._replays.drawing())
 
     def detach(self) -> None:
         """Takes the hooks off; a pass under way is none."""
@@ -186,12 +188,19 @@ class Collector:
             return "no gradients"
         return None if module.training or self.any_mode else "evaluation"
 
+    def on_draw(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module with several matrices is about to be called, which may draw random numbers."""
+        current = self._running.current
+        if current is not None:
+            self._replays.before(current, name, module)
+
     def on_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A layer was called."""
         current = self._running.current
         if current is not None:
             maskable = self.outputs is not None or self.mask is not None
-            self._recorder.record(current, name, module, args, kwargs, out, maskable=maskable)
+            recorder = self._replays if self._replays.has(name) else self._recorder
+            recorder.record(current, name, module, args, kwargs, out, maskable=maskable)
 
     def on_root_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward of the model is over."""
@@ -203,6 +212,7 @@ class Collector:
         if not self._counts(current, logits, mask):
             return
         current.masked = mask is not None and not bool(mask.all())
+        self._replays.judge(current)
         self._grouping.group(current, logits.shape[0])
         if not current.masked:
             self._sums.take_inputs(current)

@@ -17,7 +17,10 @@ FisherKind = Literal["mc", "exact", "empirical"]
 
 
 class Tracked(Protocol):
-    """One block and the parameters it belongs to; ``module`` is None for a parameter of its own."""
+    """One block and the parameters it belongs to.
+
+    ``module`` is None for a parameter of its own; ``part`` says which of its matrices it is where a module has several.
+    """
 
     @property
     def name(self) -> str: ...
@@ -29,6 +32,13 @@ class Tracked(Protocol):
     def bias(self) -> nn.Parameter | None: ...
     @property
     def module(self) -> nn.Module | None: ...
+    @property
+    def part(self) -> str | None: ...
+
+
+def module_name(entry: Tracked) -> str:
+    """Of the module that the block is a layer or a part of."""
+    return entry.name if entry.part is None else entry.name.removesuffix(entry.part).removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,18 @@ class Due:
 
     entries: Mapping[str, Tracked] = field(default_factory=dict)
     states: Mapping[str, State | None] = field(default_factory=dict)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Those that blocks are layers or parts of, by name."""
+        return {module_name(entry): entry.module for entry in self.entries.values() if entry.module is not None}
+
+    def parts(self) -> dict[str, dict[str, str]]:
+        """Names of blocks by the name of their part, by the name of the module that they are parts of."""
+        found: dict[str, dict[str, str]] = {}
+        for name, entry in self.entries.items():
+            if entry.part is not None:
+                found.setdefault(module_name(entry), {})[entry.part] = name
+        return found
 
     def alone(self) -> list[Tracked]:
         """Parameters outside layers; one may have been frozen since the blocks were made."""

@@ -78,8 +78,14 @@ class HookSet:
     def __bool__(self) -> bool:
         return bool(self._handles)
 
-    def put(self, owner: object, root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Calls ``on_root_start``, ``on_root_end`` and, with the name in front, ``on_layer`` of ``owner``."""
+    def put(self, owner: object, root: nn.Module, layers: Mapping[str, nn.Module], drawing: Mapping[str, nn.Module]) -> None:
+        """Calls ``on_root_start``, ``on_root_end`` and, with the name in front, ``on_layer`` of ``owner``.
+
+        Args:
+            drawing: layers in front of whose forward ``on_draw`` is called.
+        """
+        for name, module in drawing.items():
+            self._handles.append(module.register_forward_pre_hook(WeakHook(owner, "on_draw", name), with_kwargs=True))
         # Before the root's: a model that is itself a layer.
         self._handles += hook_layers(layers, lambda name: WeakHook(owner, "on_layer", name))
         self._handles.append(root.register_forward_pre_hook(WeakHook(owner, "on_root_start"), with_kwargs=True))

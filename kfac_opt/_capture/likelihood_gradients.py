@@ -18,6 +18,7 @@ from kfac_opt._capture.passes import Pass, Pending, Tally
 from kfac_opt._capture.proof import Evidence
 from kfac_opt._capture.proving import Proving
 from kfac_opt._capture.repeatable import RepeatableGraph
+from kfac_opt._capture.replays import hand_to_parts
 from kfac_opt._capture.rounding import Rounding
 from kfac_opt._capture.status import LayerStatuses
 from kfac_opt._capture.sums import Sums
@@ -158,7 +159,8 @@ class _Column:
         name, index = self.calls[number]
         gradients = self.arrived.setdefault(name, [None] * len(self.current.edges[name]))
         gradients[index] = gradient
-        if len(gradients) == 1 and name not in self.held:  # the calls of one example belong together
+        waits = name in self.held or name in self.current.replays
+        if len(gradients) == 1 and not waits:  # the calls of one example belong together
             self.proving.note(self.evidence, self.current, name, gradients)
             self.sums.add_output(self.current, name, self.arrived.pop(name))
 
@@ -166,6 +168,7 @@ class _Column:
     def finish(self) -> None:
         """The pass is over."""
         current = self.current
+        hand_to_parts(current, self.arrived)
         for name in {**self.arrived, **self.own}:
             self.proving.note(self.evidence, current, name, self.arrived.get(name, []))
         if self.own or self.held:

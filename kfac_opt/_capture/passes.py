@@ -10,9 +10,12 @@ from typing import Literal
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from kfac_opt._capture.random_state import RandomState
 from kfac_opt._capture.repeatable import RepeatableGraph
 from kfac_opt._capture.taps import Taps
 from kfac_opt._curvature.block import Call, Statistics
+from kfac_opt._curvature.edges import ViewOfBase
+from kfac_opt.layers.parts import Replayed
 
 Missed = Literal["paused", "transformed", "no gradients", "evaluation", "detached", "masked", "dropped", "no backward"]
 """Why a forward of the model gave no estimate."""
@@ -34,6 +37,23 @@ class Seen:
         return self.version is None or self.x._version == self.version
 
 
+@dataclass(frozen=True)
+class Replay:
+    """One call of a module with several matrices.
+
+    Attributes:
+        replayed: outputs and rows.
+        wanted: numbers of the outputs that gradients can reach.
+        views: how each of them lies in the tensor at its edge.
+        agrees: 0-dim bool, whether the outputs are those of the module; None where that is known.
+    """
+
+    replayed: Replayed
+    wanted: list[int]
+    views: list[ViewOfBase | None]
+    agrees: Tensor | None
+
+
 @dataclass
 class Pass:
     """One forward pass of the model."""
@@ -44,6 +64,8 @@ class Pass:
     gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)  # empirical: as they arrive
     inputs: dict[str, list[Seen]] = field(default_factory=dict)  # of layers that have to be proven
     held: set[str] = field(default_factory=set)  # those with a forward of their own: nothing is taken before the proof
+    replays: dict[str, list[Replay]] = field(default_factory=dict)  # calls of modules with several matrices
+    random: dict[str, RandomState] = field(default_factory=dict)  # as the next call of such a module finds it
     taps: Taps | None = None  # empirical: the gradients of their weights
     logits: Tensor | None = None
     logits_gradient: Tensor | None = None

@@ -33,7 +33,7 @@ class Proving:
 
     def own_parameters(self, current: Pass) -> dict[str, list[nn.Parameter | None]]:
         """Weight and bias of the layers of this pass whose gradients are to be held against what the hook saw."""
-        names = [n for n in current.edges if n in current.inputs and self.due.entries[n].weight.requires_grad]
+        names = [n for n in current.calls if n in current.inputs and self.due.entries[n].weight.requires_grad]
         return {name: self.due.own_parameters(name) for name in names}
 
     def note(self, evidence: dict[str, Evidence], current: Pass, name: str, gradients: list[Tensor | None]) -> None:

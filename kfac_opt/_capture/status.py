@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Foreign = Literal["forward", "uses", "tensors", "hidden"]
+Foreign = Literal["forward", "uses", "tensors", "hidden", "replay"]
 """Why a layer is not the map of its adapter: a forward of its own, other uses of its weight, tensors without rows, calls that
-hooks do not see."""
+hooks do not see, outputs that a replay does not give."""
 
 Proof = Literal["open", "told", "proven"]
 """That a layer is the map of its adapter: nothing is known, the passes since the last step told so, earlier ones did."""

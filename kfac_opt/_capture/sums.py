@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfac_opt._capture.due import Due, Tracked
+from kfac_opt._capture.due import Due, Tracked, module_name
 from kfac_opt._capture.passes import Pass
 from kfac_opt._capture.rounding import Rounding
 from kfac_opt._curvature.block import Call, Statistics
@@ -60,4 +60,7 @@ class Sums:
         entry.block.add_output(statistics, [], self._without_rounding(entry.name, [gradient]), None)
 
     def _without_rounding(self, name: str, gradients: list[Tensor]) -> list[Tensor]:
-        return [torch.zeros_like(gradient) for gradient in gradients] if name in self.rounding.noise else gradients
+        noise = self.rounding.noise
+        if noise and (name in noise or module_name(self.due.entries[name]) in noise):
+            return [torch.zeros_like(gradient) for gradient in gradients]
+        return gradients

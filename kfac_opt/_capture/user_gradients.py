@@ -14,6 +14,7 @@ from kfac_opt._capture.finite import all_finite
 from kfac_opt._capture.passes import Arrival, LogitsArrival, Pass, Pending, Tally, on_gradient
 from kfac_opt._capture.proof import Evidence
 from kfac_opt._capture.proving import Proving
+from kfac_opt._capture.replays import hand_to_parts
 from kfac_opt._capture.status import LayerStatuses
 from kfac_opt._capture.sums import Sums
 from kfac_opt._capture.taps import Taps
@@ -70,11 +71,12 @@ class UserGradients:
                     current.scale = self.estimate.likelihood.gradient_scale(current.logits, current.logits_gradient)
                     pending.settled.append(current)
             current.logits = current.logits_gradient = None
-            current.gradients, current.calls = {}, {}
+            current.gradients, current.calls, current.replays = {}, {}, {}
         pending.open = waiting
 
     def _take(self, current: Pass) -> bool:
         """The gradients of a pass into sums; whether they are finite."""
+        hand_to_parts(current, current.gradients)
         self._prove(current)
         for name, gradients in current.gradients.items():
             if name in self.due.entries:

@@ -28,9 +28,11 @@ class Call:
         x: its input.
         positions: ``(batch, shared)`` of its rows.
         view: where its output lies.
-        keep: bool ``[batch, shared]``, rows that a gradient reached; None for all.
+        keep: bool ``[batch, shared]``, rows that there are, of a masked pass those that a gradient reached; None for all.
+            ``[groups, batch, shared]`` where each group has rows of its own.
         examples: how many examples the rows belong to, once the outputs of the model are known.
         taken: whether the sums of the inputs have it.
+        laid_out: the rows are those of a replay: the leading dimension is the batch, and each group has rows of its own.
     """
 
     x: Tensor
@@ -39,6 +41,7 @@ class Call:
     keep: Tensor | None = None
     examples: int | None = None
     taken: bool = False
+    laid_out: bool = False
 
     @property
     def flat_batch(self) -> int:
@@ -47,17 +50,29 @@ class Call:
 
     def reach(self, rows: Tensor) -> None:
         """Marks the rows ``[groups, batch, shared, features]`` of an output gradient that are not zero."""
-        reached = (rows != 0).any(-1).any(0)
+        reached = (rows != 0).any(-1)
+        if not self.laid_out or len(reached) == 1:
+            reached = reached.any(0)
         self.keep = reached if self.keep is None else self.keep | reached
 
     def num_rows(self) -> int:
-        """How many rows count."""
-        return math.prod(self.positions) if self.keep is None else int(self.keep.sum())
+        """How many rows count, of the group that has most."""
+        return math.prod(self.positions) if self.keep is None else int(self.keep.sum((-1, -2)).max())
+
+    def group_scale(self, dtype: torch.dtype) -> Tensor | None:
+        """``[groups]``: by what to multiply sums over the rows of a group that are to be divided by :meth:`num_rows`."""
+        if self.keep is None or self.keep.dim() == 2:
+            return None
+        counts = self.keep.sum((-1, -2)).to(dtype)
+        return counts.max() / counts.clamp_min(1)
 
     def num_examples(self) -> int:
         """How many examples have rows that count."""
         examples = self.positions[0] // self.flat_batch
-        return examples if self.keep is None else int(self.keep.reshape(examples, -1).any(1).sum())
+        if self.keep is None:
+            return examples
+        keep = self.keep if self.keep.dim() == 2 else self.keep.any(0)
+        return int(keep.reshape(examples, -1).any(1).sum())
 
     def output_gradient(self, arrived: Tensor) -> Tensor:
         """The gradient of the output from what came at its edge (:func:`kfac_opt._curvature.edges.output_edge`)."""

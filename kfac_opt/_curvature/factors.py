@@ -101,14 +101,18 @@ class FactorBlock(CurvatureBlock):
                 continue
             how = gradient, None, self.sharing, self.dtype  # rows that do not count are zero
             if not side.dense:
-                statistics.add("output", layer.output_square(*how))
+                total = layer.output_square(*how)
             else:
                 moments = layer.output_block_moments(*how, side.ranges) if side.blocked else [layer.output_moment(*how)]
-                statistics.add("output", side.packed(moments) if side.packs_at_once else moments[0])
+                total = side.packed(moments) if side.packs_at_once else moments[0]
+            scale = call.group_scale(total.dtype) if self.sharing == "expand" else None  # pooled, groups have as many examples
+            if scale is not None:
+                total.mul_(scale.reshape(-1, *[1] * (total.dim() - 1)))
+            statistics.add("output", total)
 
     def _pooled_sum(self, side: Side, rows: Tensor, call: Call, pool: Literal["mean", "sum"]) -> Tensor:
         """``sum_shape`` from rows ``[groups, batch, shared, features]`` whose examples are spread over the batch."""
-        keep = None if call.keep is None else by_example(call.keep, call, dim=0)
+        keep = None if call.keep is None else by_example(call.keep, call, dim=call.keep.dim() - 2)
         pooled = pooled_rows(by_example(rows, call), keep if pool == "mean" else None, pool)
         if not side.dense:
             return pooled.square().sum(-2)

@@ -28,7 +28,8 @@ def group_rows(calls: Mapping[str, Sequence[Call]], num_examples: int, num_input
             call.examples = num_examples if batch % num_examples == 0 else batch
         if any(call.examples == num_examples for call in of_layer):
             continue
-        odd = [batch for batch, _ in (call.positions for call in of_layer) if num_examples % batch and batch != num_inputs]
+        leading = [call.positions[0] for call in of_layer if not call.laid_out]
+        odd = [batch for batch in leading if num_examples % batch and batch != num_inputs]
         if odd:
             unknown[name] = odd[0]
     return unknown

@@ -14,7 +14,7 @@ from kfac_opt._capture.passes import Pending
 from kfac_opt._curvature.block import State
 from kfac_opt._step.tracking import TrackedBlock
 
-REASONS: tuple[Foreign, ...] = ("forward", "uses", "tensors", "hidden")
+REASONS: tuple[Foreign, ...] = ("forward", "uses", "tensors", "hidden", "replay")
 
 
 @dataclass

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from kfac_opt._capture.collector import Foreign
+from kfac_opt._capture.due import module_name
 from kfac_opt._capture.saying import say
 from kfac_opt._curvature.block import CurvatureBlock
 from kfac_opt._curvature.diagonal import DiagonalBlock, NormBlock
 from kfac_opt._curvature.eigenbasis import EigenbasisBlock
 from kfac_opt._curvature.kronecker import DampingStyle, KroneckerBlock
 from kfac_opt.layers import LayerAdapter, MatrixLayout, WeightSharing, find_adapter
+from kfac_opt.layers.parts import Part, PartAdapter, find_composite
 
 
 @dataclass
 class TrackedBlock:
-    """A block, its parameters, its name (of the layer or of the parameter) and its parameter group."""
+    """A block, its parameters, its name (of the layer or of the parameter) and its parameter group.
+
+    Of a module with several matrices each is a block; ``part`` is its name within the module, the last piece of ``name``.
+    """
 
     name: str
     block: CurvatureBlock
@@ -28,6 +34,7 @@ class TrackedBlock:
     bias: nn.Parameter | None
     module: nn.Module | None
     group: int
+    part: str | None = None
 
     def __post_init__(self) -> None:
         self.parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -104,10 +111,9 @@ def _layers(
         if isinstance(module, nn.MultiheadAttention):
             hidden.update(id(part) for part in module.modules())
     layers: dict[int, TrackedBlock] = {}
-    for name, module in model.named_modules():
-        adapter = find_adapter(module)
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if adapter is None or weight is None or id(module) in hidden or name in flat:
+    for matrix in _matrices(model, hidden):
+        name, weight, bias = matrix.name, matrix.weight, matrix.bias
+        if name in flat:
             continue
         number = group_of.get(id(weight))
         if number is None or owners[id(weight)] != 1:
@@ -121,10 +127,38 @@ def _layers(
                 f"{owner}: the weight and the bias of '{name}' are in different parameter groups ({number} and "
                 f"{group_of[id(bias)]}), but a layer is preconditioned as one matrix. Put both into one group."
             )
-        block = _block(adapter(module, bias is not None), groups[number]["curvature"], weight.dtype, options)
-        layer = TrackedBlock(name, block, weight, bias, module, number)
+        block = _block(matrix.adapter(bias is not None), groups[number]["curvature"], weight.dtype, options)
+        layer = TrackedBlock(name, block, weight, bias, matrix.module, number, matrix.part)
         layers.update((id(parameter), layer) for parameter in layer.parameters)
     return layers
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A weight matrix of the model that has an adapter; ``adapter(with_bias)`` makes it."""
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    adapter: Callable[[bool], LayerAdapter]
+    part: str | None = None
+
+
+def _matrices(model: nn.Module, hidden: set[int]) -> Iterator[_Matrix]:
+    """Layers and parts of layers, but those in ``hidden``."""
+    for name, module in model.named_modules():
+        for part in _parts(module):
+            own = f"{name}.{part.name}" if name else part.name
+            yield _Matrix(own, module, part.weight, part.bias, partial(PartAdapter, part), part.name)
+        adapter, weight = find_adapter(module), module._parameters.get("weight")
+        if adapter is not None and weight is not None and id(module) not in hidden:
+            yield _Matrix(name, module, weight, module._parameters.get("bias"), partial(adapter, module))
+
+
+def _parts(module: nn.Module) -> list[Part]:
+    composite = find_composite(module)
+    return [] if composite is None else composite.parts(module)
 
 
 def _block(adapter: LayerAdapter, curvature: str, dtype: torch.dtype, options: BlockOptions) -> CurvatureBlock:
@@ -195,6 +229,8 @@ FOREIGN: dict[Foreign, str] = {
     "them or sliced, a derivative taken inside the model, a state carried from pass to pass; with fisher='empirical' a "
     "derivative of its outputs in the loss as well)",
     "tensors": "{} takes or returns nested or sparse tensors, which no layer adapter reads",
+    "replay": "the outputs of the module of {} are not those of its matrices computed step by step (dropout whose random "
+    "numbers cannot be drawn again, an output replaced inside the module)",
     "hidden": "{} runs with gradients disabled and yet has a gradient (a reentrant checkpoint, which use_reentrant=False would "
     "open, or a torch.autograd.Function that runs layers in its backward)",
 }
@@ -229,18 +265,18 @@ def replaced(owner: str, model: nn.Module, groups: list[dict[str, Any]], tracked
     """
     known = {id(parameter) for group in groups for parameter in group["params"]}
     changed = False
-    for name, entry in tracked.items():
+    for entry in tracked.values():
         if entry.module is None:
             continue
         try:
-            module = model.get_submodule(name)
+            module = model.get_submodule(module_name(entry))
         except AttributeError:
             changed = True
             continue
-        if module is entry.module and module._parameters.get("weight") is entry.weight:
+        if module is entry.module and _weight_now(module, entry.part) is entry.weight:
             continue
         changed = True
-        lost = [own for own, p in module.named_parameters(name) if p.requires_grad and id(p) not in known]
+        lost = [own for own, p in module.named_parameters(module_name(entry)) if p.requires_grad and id(p) not in known]
         if lost:
             raise RuntimeError(
                 f"{owner}: {', '.join(map(repr, lost))} took the place of parameters that the optimizer was built with and "
@@ -248,3 +284,9 @@ def replaced(owner: str, model: nn.Module, groups: list[dict[str, Any]], tracked
                 f"add_param_group(), or build {owner} again."
             )
     return changed
+
+
+def _weight_now(module: nn.Module, part: str | None) -> nn.Parameter | None:
+    if part is None:
+        return module._parameters.get("weight")
+    return next((own.weight for own in _parts(module) if own.name == part), None)

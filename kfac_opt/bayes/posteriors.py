@@ -119,7 +119,7 @@ def safe_floor(block: CurvatureBlock, ess: float, prior_precision: float) -> flo
     """The floor that keeps the noise below the signal: no weight's deviation is above ``0.5 / √in_dim``.
 
     Inputs of unit size then meet noise of at most half that size. Norm layers and single parameters, which are no sums
-    over inputs, get deviations of at most 0.05; so do weights without a matrix block (``MultiheadAttention``, LSTM,
+    over inputs, get deviations of at most 0.05; so do weights without a matrix block (of modules without an adapter,
     ``curvature="diagonal"``), unless they have more than a hundred inputs, as torch's initialization counts them.
     """
     layout = block.layout

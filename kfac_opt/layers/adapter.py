@@ -87,7 +87,7 @@ class LayerAdapter(ABC):
         r"""Sum over rows of :math:`a a^\top`, ``[groups, in_dim, in_dim]``.
 
         Args:
-            keep: bool ``[batch, shared]``, rows to count, or None for all.
+            keep: bool ``[batch, shared]`` or ``[groups, batch, shared]``, rows to count, or None for all.
             sharing: ``"reduce"`` averages the positions of an example first.
             dtype: arithmetic and result.
         """
@@ -127,7 +127,7 @@ class LayerAdapter(ABC):
 def second_moment(rows: Tensor, keep: Tensor | None = None, pool: Literal["mean", "sum"] | None = None) -> Tensor:
     """Sum of outer products of the rows ``[groups, batch, shared, features]``: ``[groups, features, features]``.
 
-    ``keep`` (bool ``[batch, shared]``) picks rows; ``pool`` joins the positions of an example first.
+    ``keep`` (bool ``[batch, shared]`` or with groups in front) picks rows; ``pool`` joins the positions of an example first.
     """
     return gram(pooled_rows(rows, keep, pool).mT)
 
@@ -155,7 +155,7 @@ def pooled_rows(rows: Tensor, keep: Tensor | None, pool: Literal["mean", "sum"] 
         return summed
     if keep is None:
         return summed / rows.shape[2]
-    return summed / keep.sum(1).clamp_min(1).unsqueeze(-1)
+    return summed / keep.sum(-1).clamp_min(1).unsqueeze(-1)
 
 
 _ADAPTERS: dict[type[nn.Module], type[LayerAdapter]] = {}

@@ -58,7 +58,7 @@ class AttentionParts(Composite):
     def draws(self, module: nn.Module) -> bool:
         return module.training and float(module.dropout) > 0.0  # type: ignore[arg-type]
 
-    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replayed:
+    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> Replayed:
         assert isinstance(module, nn.MultiheadAttention)
         call = _read(module, *args, **kwargs)
         projected, rows = _project(module, call)
@@ -70,11 +70,11 @@ class AttentionParts(Composite):
             result = out.squeeze(0)
         else:
             result = out if module.batch_first else out.transpose(0, 1)
-        outputs = [result]
+        own = [result]
         if weights is not None:
             weights = weights.mean(1) if call.average_weights else weights
-            outputs.append(weights if call.batched else weights.squeeze(0))
-        return Replayed(outputs, rows)
+            own.append(weights if call.batched else weights.squeeze(0))
+        return Replayed(own, rows)
 
 
 def _read(
@@ -160,4 +160,6 @@ def _attend(num_heads: int, call: _Call, projected: Sequence[Tensor], dropout: f
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.mT
     weights = (scores if call.mask is None else scores + call.mask).softmax(-1)
     weights = F.dropout(weights, dropout) if dropout > 0.0 else weights
-    return (weights @ v).transpose(1, 2).flatten(2), weights
+    # Averaged, weights are an output of their own; else their gradient has that of the context in it.
+    inner = weights if call.average_weights else weights.detach()
+    return (inner @ v).transpose(1, 2).flatten(2), weights

@@ -129,8 +129,13 @@ class Composite(ABC):
         """Its matrices; none where it is used in a way that cannot be replayed."""
 
     @abstractmethod
-    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replayed:
-        """The call once more, from detached inputs and weights; draws what random numbers the module draws, in its order."""
+    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> Replayed:
+        """The call once more, from detached inputs and weights; draws what random numbers the module draws, in its order.
+
+        Args:
+            outputs: what it gave (:func:`floating_outputs`). Where one of them comes about on the way to another, the gradient
+                that will come for it has what the other sends back already: the replay cuts that way.
+        """
 
     def draws(self, module: nn.Module) -> bool:
         """Whether the module's forward draws random numbers (dropout)."""

@@ -32,7 +32,7 @@ class RecurrentParts(Composite):
         assert isinstance(module, nn.RNNBase)
         return module.training and module.dropout > 0.0 and module.num_layers > 1
 
-    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replayed:
+    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> Replayed:
         assert isinstance(module, nn.RNNBase)
         return _replay(module, *args, **kwargs)
 
@@ -44,9 +44,10 @@ class CellParts(Composite):
     def parts(self, module: nn.Module) -> list[Part]:
         return _own_parts(module, [""])
 
-    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replayed:
+    def replay(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> Replayed:
         assert isinstance(module, nn.RNNCellBase)
-        return _replay_cell(module, *args, **kwargs)
+        fused = len({id(out.grad_fn) for out in outputs}) == 1
+        return _replay_cell(module, *args, **kwargs, fused=fused)
 
 
 def _own_parts(module: nn.Module, suffixes: Sequence[str]) -> list[Part]:
@@ -101,7 +102,8 @@ def _gru_step(of_input: Tensor, of_state: Tensor, state: State) -> State:
     return ((update_in + update_state).sigmoid() * (state[0] - new) + new,)
 
 
-def _replay_cell(module: nn.RNNCellBase, input: Tensor, hx: Any = None) -> Replayed:
+def _replay_cell(module: nn.RNNCellBase, input: Tensor, hx: Any = None, *, fused: bool) -> Replayed:
+    """``fused``: all outputs are those of one kernel; else the hidden state of an LSTM is computed from its cell state."""
     batched = input.dim() == 2
     x = input.detach() if batched else input.detach().unsqueeze(0)
     width = 2 if isinstance(module, nn.LSTMCell) else 1
@@ -112,6 +114,9 @@ def _replay_cell(module: nn.RNNCellBase, input: Tensor, hx: Any = None) -> Repla
         state = tuple(part.detach() if batched else part.detach().unsqueeze(0) for part in given)
     of_input, of_state = (_times(module, part, given).requires_grad_() for part, given in (("ih", x), ("hh", state[0])))
     after = _step(module)(of_input, of_state, state)
+    if isinstance(module, nn.LSTMCell) and not fused:
+        gate_out = (of_input + of_state).chunk(4, dim=-1)[3]
+        after = gate_out.sigmoid() * after[1].detach().tanh(), after[1]
 
     def lay(found: Sequence[Tensor]) -> Tensor:
         return found[0].unsqueeze(0).unsqueeze(2)

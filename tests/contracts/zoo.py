@@ -136,11 +136,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], int]
     ),
 }
 
-KRONECKER_ONLY = [
-    name
-    for name in NETWORKS
-    if name not in ("frozen weight", "unused layer", "attention", "lstm", "tied weights")
-]
+KRONECKER_ONLY = [name for name in NETWORKS if name not in ("frozen weight", "unused layer", "tied weights")]
 """Networks whose blocks are all made of per-example sums: their ``exact`` estimates are exact."""
 
 ONE_TERM_PER_ROW = [name for name in KRONECKER_ONLY if name != "segmentation"]

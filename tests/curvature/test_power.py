@@ -22,7 +22,7 @@ NETWORKS = {  # with the options that give each kind of block
     "grouped convolution": ("convolution, grouped", {}),
     "embedding": ("embedding", {}),
     "norms": ("convolution, norm", {}),
-    "bare parameters": ("lstm", {}),
+    "bare parameters": ("tied weights", {}),
     "diagonal sides": ("mlp, in-place relu", {"max_factor_dim": 5}),
     "block-diagonal sides": ("convolution", {"max_block_dim": 3}),
 }

@@ -383,16 +383,24 @@ class SharedWeight(nn.Module):
 
 
 class TorchAttention(nn.Module):
-    """Its projections have no forward of their own."""
+    """Its projections have no forward of their own, and with a zero among the keys no adapter either."""
 
     mixes = unaligned = False
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(features, 1, batch_first=True)
+        self.attention = nn.MultiheadAttention(features, 1, batch_first=True, add_zero_attn=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class _OwnGRU(nn.GRU):
+    """No adapter's map."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, state = super().forward(x)
+        return out + 0.5, state
 
 
 class Recurrent(nn.Module):
@@ -400,7 +408,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.cell = nn.GRU(features, features, batch_first=True)
+        self.cell = _OwnGRU(features, features, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cell(x)[0]

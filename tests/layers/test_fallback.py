@@ -15,9 +15,9 @@ DOUBLE = torch.float64
 
 
 class Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options: bool) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,6 +31,12 @@ class Recurrent(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.cell(x)[0][:, -1])
+
+
+class Doubled(nn.LSTM):
+    def forward(self, x: torch.Tensor):
+        out, state = super().forward(x)
+        return 2 * out, state
 
 
 class Tied(nn.Module):
@@ -57,23 +63,18 @@ class Bare(nn.Module):
 
 SEQUENCE = (3, 2, 4)
 CASES = {
-    "multihead attention": (
-        Attention,
+    "attention with a bias among the keys": (
+        lambda: Attention(add_bias_kv=True),
         SEQUENCE,
-        ["attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"],
+        [f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias")],
     ),
-    "rnn": (
-        lambda: Recurrent(nn.RNN),
+    "attention to a zero": (
+        lambda: Attention(add_zero_attn=True),
         SEQUENCE,
-        [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
+        [f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")],
     ),
-    "lstm": (
-        lambda: Recurrent(nn.LSTM),
-        SEQUENCE,
-        [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
-    ),
-    "gru": (
-        lambda: Recurrent(nn.GRU),
+    "lstm with a forward of its own": (
+        lambda: Recurrent(Doubled),
         SEQUENCE,
         [f"cell.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")],
     ),
@@ -153,7 +154,7 @@ def test_tied_weights_get_one_diagonal_block():
 
 
 def test_the_layer_behind_attention_is_exact():
-    model, x, _ = build("multihead attention")
+    model, x, _ = build("attention to a zero")
     a, g = reference.kronecker_factors(model, x, "head")
     optimizer = bare_kfac(model)
     estimate(optimizer, model, x)
@@ -175,7 +176,8 @@ def test_a_transformer_encoder_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    assert {"0", "1.linear1", "1.linear2", "1.norm1", "1.norm2", "3"} <= set(optimizer.curvature)
+    layers = ["self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2", "norm1", "norm2"]
+    assert set(optimizer.curvature) == {"0", "3", *(f"1.{name}" for name in layers)}
 
 
 def test_an_unused_layer_does_no_harm():

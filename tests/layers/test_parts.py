@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from kfac_opt._curvature.edges import output_edge
 from kfac_opt.layers.parts import PartAdapter, find_composite, floating_outputs
 from tests.support import close
 
@@ -18,18 +19,21 @@ def check(module: nn.Module, *args, **kwargs) -> None:
     """Outputs equal the module's; ``Σ g aᵀ`` over the rows is the gradient of each weight and bias."""
     composite = find_composite(module)
     out = floating_outputs(module(*args, **kwargs))
-    replayed = composite.replay(module, args, kwargs)
+    replayed = composite.replay(module, args, kwargs, out)
     assert bool(replayed.agrees(out))
     for own, expected in zip(replayed.outputs, out):
         close(own.detach(), expected.detach())
-    gradients = [torch.randn_like(part) for part in out]
     parts = composite.parts(module)
+    loss = sum((part * torch.randn_like(part)).sum() for part in out)
+    edges = [output_edge(part, torch.empty(0)) for part in out]
+    found = torch.autograd.grad(loss, [edge for edge, _ in edges], retain_graph=True)
+    gradients = [g if view is None else view.take(g) for g, (_, view) in zip(found, edges)]
     arrived = replayed.output_gradients(gradients)
     assert list(arrived) == [part.name for part in parts]
     assert not any(rows.inputs.requires_grad for rows in replayed.rows.values())
     for part in parts:
         own = [p for p in (part.weight, part.bias) if p is not None]
-        expected = torch.autograd.grad(out, own, gradients, retain_graph=True)
+        expected = torch.autograd.grad(loss, own, retain_graph=True)
         adapter, rows = PartAdapter(part, part.bias is not None), replayed.rows[part.name]
         assert rows.inputs.shape[:3] == arrived[part.name].shape[:3]
         close(adapter.weight_gradient(rows.inputs, arrived[part.name], DOUBLE), adapter.layout.to_matrix(*expected))
@@ -96,7 +100,7 @@ def test_packed_sequences(kind, form, sorted_already):
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=sorted_already)
     check(module, packed)
     check(module, packed, states(module))
-    rows = find_composite(module).replay(module, (packed,), {}).rows
+    rows = find_composite(module).replay(module, (packed,), {}, []).rows
     for part in rows.values():  # as the user has them
         assert part.keep.sum(1).tolist() == lengths
     first = rows["ih_l0"]
@@ -114,8 +118,8 @@ def test_dropout_between_layers_is_drawn_as_the_module_draws_it(packed):
     state = torch.get_rng_state()
     out = floating_outputs(module(given))
     torch.set_rng_state(state)
-    assert bool(composite.replay(module, (given,), {}).agrees(out))
-    assert not bool(composite.replay(module, (given,), {}).agrees(out))  # another draw
+    assert bool(composite.replay(module, (given,), {}, out).agrees(out))
+    assert not bool(composite.replay(module, (given,), {}, out).agrees(out))  # another draw
     assert not composite.draws(module.eval())
     check(module, given)
 
@@ -203,8 +207,8 @@ def test_dropout_of_attention_is_drawn_as_the_module_draws_it(need_weights):
     state = torch.get_rng_state()
     out = floating_outputs(module(x, x, x, **options))
     torch.set_rng_state(state)
-    assert bool(composite.replay(module, (x, x, x), options).agrees(out))
-    assert not bool(composite.replay(module, (x, x, x), options).agrees(out))
+    assert bool(composite.replay(module, (x, x, x), options, out).agrees(out))
+    assert not bool(composite.replay(module, (x, x, x), options, out).agrees(out))
     check(module.eval(), x, x, x, **options)
 
 
@@ -235,7 +239,7 @@ def test_lower_precision_agrees_up_to_rounding(dtype):
     torch.manual_seed(0)
     for module, width in ((nn.LSTM(8, 8, num_layers=2), 1), (nn.GRU(8, 8), 1), (nn.MultiheadAttention(8, 2), 3)):
         module, given = module.to(dtype), (torch.randn(20, 4, 8, dtype=dtype),) * width
-        replayed = find_composite(module).replay(module, given, {})
+        replayed = find_composite(module).replay(module, given, {}, [])
         assert bool(replayed.agrees(floating_outputs(module(*given))))
         with torch.no_grad():
             next(module.parameters()).mul_(1.5)
@@ -246,7 +250,7 @@ def test_rows_shared_by_groups_give_the_same_moment():
     torch.manual_seed(0)
     module = nn.MultiheadAttention(6, 2).to(DOUBLE)
     x = torch.randn(TIME, BATCH, 6, dtype=DOUBLE)
-    rows = find_composite(module).replay(module, (x, x, x), {}).rows["in_proj"].inputs
+    rows = find_composite(module).replay(module, (x, x, x), {}, []).rows["in_proj"].inputs
     adapter = PartAdapter(find_composite(module).parts(module)[0], with_bias=True)
     assert rows.stride(0) == 0
     keep = torch.rand(BATCH, TIME) < 0.5

@@ -604,7 +604,7 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.attention, self.head = nn.MultiheadAttention(256, 2, batch_first=True), nn.Linear(256, 3)
+        self.attention, self.head = nn.MultiheadAttention(256, 2, batch_first=True, add_zero_attn=True), nn.Linear(256, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.attention(x, x, x)[0][:, 0])

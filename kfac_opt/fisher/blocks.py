@@ -74,8 +74,7 @@ def parameter_blocks(module: nn.Module, trainable: Mapping[str, nn.Parameter]) -
     blocks: list[ParameterBlock] = []
     start = 0
     for prefix, part in module.named_modules():
-        names = [f"{prefix}.{name}" if prefix else name for name in part._parameters]
-        names = [name for name in names if name in trainable]
+        names = [name for name, _ in part.named_parameters(prefix, recurse=False) if name in trainable]
         if not names:
             continue
         shapes = tuple(trainable[name].shape for name in names)

@@ -23,7 +23,7 @@ y = torch.tensor(digits.target)
 def fit(damping, adapt, steps=150):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = KFAC(model, damping=damping)
+    optimizer = KFAC(model, update_scale="natural", damping=damping)
     rule = LevenbergMarquardt(optimizer) if adapt else None
     rows, losses, dampings = torch.Generator().manual_seed(0), [], []
     for _ in range(steps):

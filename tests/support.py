@@ -16,8 +16,9 @@ EXACT = 1e-10
 
 
 def bare_kfac(model: nn.Module, params: Any = None, **options: Any) -> KFAC:
-    """KFAC in float64 without momentum, decay, clip, bound and ramp; curvature at every step; ``lr=0``."""
+    """KFAC in float64, ``lr`` times the direction: no momentum, decay, clip, bound, ramp; curvature at each step; ``lr=0``."""
     plain: dict[str, Any] = {
+        "update_scale": "natural",
         "lr": 0.0,
         "momentum": 0.0,
         "damping": 1e-2,

@@ -42,7 +42,7 @@ RULE_DEFAULTS: dict[str, RuleDefaults] = {
         max_relative_update=0.05,
     ),
     "rms": RuleDefaults(
-        lr=0.01,
+        lr=0.015,
         momentum=0.9,
         damping=1e-3,
         damping_scale="mean",
@@ -51,7 +51,7 @@ RULE_DEFAULTS: dict[str, RuleDefaults] = {
         factor_interval=5,
         inverse_interval=10,
         kl_clip=None,
-        max_relative_update=0.03,
+        max_relative_update=0.06,
     ),
 }
 

@@ -41,7 +41,8 @@ class Preconditioner:
                 if group["curvature"] != "identity":
                     if gradient is parameter.grad:
                         gradient = gradient.clone()  # directions are scaled in place, the user's gradients are not
-                    found.add_block(gradient.new_zeros(()), MatrixLayout("flat", tuple(parameter.shape)))
+                    nothing = gradient.new_zeros(())
+                    found.add_block(nothing, MatrixLayout("flat", tuple(parameter.shape)), nothing)
                 found.add(parameter, gradient, gradient, found.num_blocks - 1)
         self.replaced = self.replaced + replace_unsafe_(found)
         return found
@@ -55,7 +56,9 @@ class Preconditioner:
             direction = block.precondition(state, matrix, self.blocks.damping_of(entry))
         else:
             direction = matrix.clone()  # the plain gradient; the trust region bounds it
-        found.add_block(torch.linalg.vecdot(matrix.flatten(), direction.flatten()), layout, table=_is_table(block))
+        product = torch.linalg.vecdot(matrix.flatten(), direction.flatten())
+        scale = product.new_zeros(()) if state is None else state["scale_max"]
+        found.add_block(product, layout, scale, table=_is_table(block))
         for parameter, part in zip(entry.parameters, layout.from_matrix(direction)):
             if id(parameter) in gradients and part is not None:
                 found.add(parameter, part, gradients[id(parameter)], found.num_blocks - 1)

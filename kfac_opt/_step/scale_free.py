@@ -39,7 +39,8 @@ class ScaleFreeRule:
 
     for each block (with Nesterov, ``(1 − β) g + β m`` in place of ``m``). ``r`` is the root mean square of the step for
     ``lr = 1``: for weight matrices ``matrix · sqrt(out_dim / (in_dim · max(out_dim, in_dim)))``, which changes a layer's
-    output by as much whatever its width (Yang, Simon & Bernstein 2023, arXiv:2310.17813), ``vector`` for all others.
+    output by as much whatever its width (Yang, Simon & Bernstein 2023, arXiv:2310.17813), ``vector`` for norm layers,
+    embeddings and parameters of one dimension.
 
     The pace ``c ≤ 1`` feels the edge of stability. Where a step is too long, successive gradients oscillate, and their
     average is shorter than that of independent noise, by ``ν`` (:func:`averaged_noise`):
@@ -57,6 +58,7 @@ class ScaleFreeRule:
         threshold, gain: ``θ``, ``η``.
         average_decay: of the average norm of the gradient.
         smallest_pace: of ``c``.
+        rounding: how small a gradient without curvature is beside the largest before it is taken for rounding.
     """
 
     matrix: float = 4.0
@@ -65,6 +67,7 @@ class ScaleFreeRule:
     gain: float = 0.1
     average_decay: float = 0.9
     smallest_pace: float = 1e-5
+    rounding: float = 1e-4
 
     def init_state(self, device: torch.device) -> Tensor:
         """Of a parameter, ``[3]``: average norm of its gradient, the average's weight, log of its block's pace."""
@@ -105,11 +108,22 @@ class ScaleFreeRule:
         length = step.lr * log_pace.exp() * on_device(tuple(self._lengths(found)), norms.dtype, device)
         shares = _active_shares(found, norms.dtype)
         if step.max_relative_update is not None:
-            floors = RELATIVE_FLOOR * on_device(tuple(found.out_dims), norms.dtype, device).sqrt()
+            rows = tuple(map(_rows, found.layouts, found.out_dims, found.tables))
+            floors = RELATIVE_FLOOR * on_device(rows, norms.dtype, device).sqrt()
             length = torch.minimum(length, step.max_relative_update * torch.maximum(weights, floors))
-        # A block without a gradient stays where it is, although its momentum still points somewhere.
-        moves = (direction > 0) & (gradient > 0)
+        moves = (direction > 0) & self._has_gradient(found, gradient)
         return torch.where(moves, length * shares / direction, 0.0).index_select(0, index)
+
+    def _has_gradient(self, found: Directions, gradient: Tensor) -> Tensor:
+        """Blocks that may move: ``[blocks]`` of bool.
+
+        One whose gradient is zero stays where it is, although its momentum still points somewhere; so does one without
+        curvature whose gradient is as small beside the others' as rounding (a weight that the loss does not depend on).
+        """
+        curved = gathered(found.scales).to(gradient.device) > 0
+        counts = on_device(tuple(self._counts(found)), gradient.dtype, gradient.device)
+        rms = gradient / counts.sqrt()
+        return (gradient > 0) & (curved | (rms > self.rounding * rms.max()))
 
     def _paced(self, log_pace: Tensor, signal: Tensor, usual: Tensor, step: StepSettings) -> Tensor:
         """``log c`` after this step, ``[blocks]``."""
@@ -118,19 +132,28 @@ class ScaleFreeRule:
         return (log_pace + self.gain * (ratio - 1.0).clamp(-1.0, 1.0)).clamp(math.log(self.smallest_pace), 0.0)
 
     def _lengths(self, found: Directions) -> list[float]:
-        """``r sqrt(numel)`` of each block; a parameter without a gradient has no part in it."""
+        """``r sqrt(numel)`` of each block."""
+        sizes = [self.size(layout, table=table) for layout, table in zip(found.layouts, found.tables)]
+        return [size * math.sqrt(count) for size, count in zip(sizes, self._counts(found))]
+
+    def _counts(self, found: Directions) -> list[int]:
+        """Entries of each block; a parameter without a gradient has no part in it."""
         counts = [0] * found.num_blocks
         for parameter, block in zip(found.parameters, found.blocks):
             counts[block] += parameter.numel()
-        sizes = [self.size(layout, table=table) for layout, table in zip(found.layouts, found.tables)]
-        return [size * math.sqrt(count) for size, count in zip(sizes, counts)]
+        return counts
 
     def size(self, layout: MatrixLayout, *, table: bool = False) -> float:
         """``r``."""
-        if table or layout.kind not in ("matrix", "transposed"):
+        if layout.kind == "norm" or table:
             return self.vector
         _, out_dim, in_dim = layout.shape
         in_dim -= layout.has_bias
+        if layout.kind == "flat":  # a parameter of its own is a matrix if it has more than one dimension
+            lengths = [length for length in layout.weight_shape if length > 1]
+            if len(lengths) < 2:
+                return self.vector
+            out_dim, in_dim = lengths[0], math.prod(lengths[1:])
         return self.matrix * math.sqrt(out_dim / (in_dim * max(out_dim, in_dim)))
 
 
@@ -159,6 +182,11 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """Norms side by side; squares of tiny gradients need the range of double precision."""
     wide = None if tensors[0].device.type == "mps" else PACE_DTYPE
     return gathered(torch._foreach_norm(list(tensors), dtype=wide))
+
+
+def _rows(layout: MatrixLayout, out_dim: int, table: bool) -> int:
+    """What the floor of the bound grows with: every entry of an embedding, which may start small, is an activation."""
+    return layout.numel if table else out_dim
 
 
 def _by_block(squares: Tensor, index: Tensor, found: Directions) -> Tensor:

@@ -26,7 +26,7 @@ class Directions:
         parameters, directions, gradients, blocks: aligned; ``blocks`` numbers the block each parameter belongs to,
             ``gradients`` are those that were preconditioned.
         products: ``<V, d>`` of each block.
-        out_dims, layouts: output size and shape of each block.
+        out_dims, layouts, scales: output size, shape and largest curvature so far of each block; 0 where none is known.
         tables: whether it is one of rows of which a batch reads some (an embedding).
     """
 
@@ -38,13 +38,15 @@ class Directions:
     out_dims: list[int] = field(default_factory=list)
     layouts: list[MatrixLayout] = field(default_factory=list)
     tables: list[bool] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
 
     @property
     def num_blocks(self) -> int:
         return len(self.products)
 
-    def add_block(self, product: Tensor, layout: MatrixLayout, *, table: bool = False) -> None:
+    def add_block(self, product: Tensor, layout: MatrixLayout, scale: Tensor, *, table: bool = False) -> None:
         self.products.append(product)
+        self.scales.append(scale)
         self.tables.append(table)
         self.out_dims.append(_num_outputs(layout))
         self.layouts.append(layout)

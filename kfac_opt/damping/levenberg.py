@@ -33,7 +33,7 @@ class LevenbergMarquardt(DampingRule):
     make it worse, since a step is always good for the batch it was made from: below ``min_scale`` the damping of a group
     does not fall. There is one loss and so one ratio; every parameter group multiplies its own damping.
 
-    >>> optimizer = KFAC(model, lr=0.1, damping=1.0)
+    >>> optimizer = KFAC(model, update_scale="natural", damping=1.0)
     >>> damping = LevenbergMarquardt(optimizer)
     >>> for x, y in loader:
     ...     optimizer.zero_grad()

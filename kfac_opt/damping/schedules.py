@@ -36,7 +36,7 @@ class ExponentialDamping(_Schedule):
     """Multiplies the damping of every group by ``decay`` at each step.
 
     >>> model = torch.nn.Linear(4, 3)
-    >>> optimizer = KFAC(model, lr=0.1, damping=1.0)
+    >>> optimizer = KFAC(model, update_scale="natural", damping=1.0)
     >>> damping = ExponentialDamping(optimizer, decay=0.5, min_damping=0.2)
     >>> dampings = []
     >>> for _ in range(3):

@@ -39,7 +39,7 @@ class TrustRegionDamping(DampingRule):
     3rd, 5th, 9th with the optimizer's ramp): :math:`\Delta \log \gamma = -2 r` for :math:`r > 0`. From a start that is
     too high, the trust region is reached within a few steps. Without a clip the alignment decides after 2, 4, 8 steps.
 
-    >>> optimizer = KFAC(model, lr=0.1, damping=1.0)
+    >>> optimizer = KFAC(model, update_scale="natural", damping=1.0)
     >>> damping = TrustRegionDamping(optimizer)
     >>> for x, y in loader:
     ...     optimizer.zero_grad()

@@ -173,7 +173,7 @@ def test_the_grid_counts_every_setting_and_resumes(tmp_path: Path, monkeypatch: 
 
 def test_diverged_settings_are_counted_as_such(tmp_path: Path):
     options = ["--lrs", "[1e6]", "--dampings", "[1e-8]", "--curvatures", "[kronecker]", "--inverse-intervals", "[1]"]
-    options += ["--settings", "{kl_clip: null, max_relative_update: null}", "--target-loss", "0.5"]
+    options += ["--settings", "{update_scale: natural, kl_clip: null, max_relative_update: null}", "--target-loss", "0.5"]
     report = robustness.main(["--config", write(tmp_path, GRID), "--out", str(tmp_path / "out"), *options])
     (line,) = report.content["counts"]
     assert (line["num_diverged"], line["num_reached"], line["worst_loss"]) == (1, 0, math.inf)

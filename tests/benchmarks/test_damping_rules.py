@@ -21,7 +21,7 @@ TINY = {
         "steps": 24,
         "batch_size": 32,
     },
-    "kfac": {"damping_scale": "absolute", "lr": 0.1, "inverse_interval": 5},
+    "kfac": {"update_scale": "natural", "damping_scale": "absolute", "lr": 0.1, "inverse_interval": 5},
     "dampings": [1e-2, 1.0],
     "starts": [10.0],
     "rules": {
@@ -79,7 +79,8 @@ def test_a_second_command_reads_the_runs_of_the_first_and_adds_only_new_ones(tmp
 
 
 def test_a_run_that_diverges_is_counted_not_raised(tmp_path: Path):
-    wild = {"kfac": {"lr": 1e12, "kl_clip": None, "max_relative_update": None, "damping_scale": "absolute"}}
+    free = {"kl_clip": None, "max_relative_update": None, "damping_scale": "absolute"}
+    wild = {"kfac": {"update_scale": "natural", "lr": 1e12, **free}}
     config = tiny(tmp_path, rules={}, tuned={}, num_seeds=1, dampings=[1e-2, 1.0], **wild)
     runs = run_lines(config)
     assert all(math.isinf(run.final_loss) for line in runs.values() for run in line)

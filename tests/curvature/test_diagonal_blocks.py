@@ -177,7 +177,7 @@ def test_smaller_blocks_converge_more_slowly_but_converge():
     for limit in (None, 64, 16):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-        optimizer = KFAC(model, lr=0.1, max_block_dim=limit)
+        optimizer = KFAC(model, update_scale="natural", max_block_dim=limit)
         generator = torch.Generator().manual_seed(0)
         for _ in range(120):
             chosen = torch.randint(len(x), (128,), generator=generator)

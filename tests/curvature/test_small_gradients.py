@@ -163,7 +163,7 @@ def test_a_gradient_that_is_not_finite_is_not_counted():
 def test_half_precision_weights_take_a_shortened_direction_that_single_precision_holds(momentum, kl_clip):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).half()
-    optimizer = KFAC(model, lr=0.1, momentum=momentum, kl_clip=kl_clip, damping=1e-4)
+    optimizer = KFAC(model, update_scale="natural", lr=0.1, momentum=momentum, kl_clip=kl_clip, damping=1e-4)
     x, y = torch.randn(8, 4).half(), torch.randint(2, (8,))
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(3):

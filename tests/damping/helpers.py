@@ -16,7 +16,8 @@ def classifier(**options: Any) -> tuple[nn.Module, KFAC, Tensor, Tensor]:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
     x, y = torch.randn(16, 5), torch.randint(3, (16,))
-    settings: dict[str, Any] = {"lr": 0.05, "momentum": 0.5, "damping": 0.1, "damping_scale": "absolute"}
+    settings: dict[str, Any] = {"update_scale": "natural", "lr": 0.05, "momentum": 0.5, "damping": 0.1}
+    settings["damping_scale"] = "absolute"
     return model, KFAC(model, **{**settings, **options}), x, y
 
 

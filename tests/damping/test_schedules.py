@@ -17,7 +17,7 @@ from tests.damping.helpers import classifier, take_step
 def two_groups() -> KFAC:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     groups = [{"params": model[0].parameters(), "damping": 1.0}, {"params": model[1].parameters(), "damping": 0.01}]
-    return KFAC(model, groups)
+    return KFAC(model, groups, update_scale="natural")
 
 
 def test_exponential_damping_multiplies_every_group_by_the_decay_and_stops_at_the_bound():

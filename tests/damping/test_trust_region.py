@@ -111,7 +111,7 @@ def test_groups_have_dampings_of_their_own():
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
     timid = {"params": model[0].parameters(), "damping": 10.0}
     cut = {"params": model[2].parameters(), "damping": 1e-6, "kl_clip": 1e-10}
-    optimizer = KFAC(model, [timid, cut], lr=0.1, damping_scale="absolute")
+    optimizer = KFAC(model, [timid, cut], update_scale="natural", lr=0.1, damping_scale="absolute")
     rule = TrustRegionDamping(optimizer)
     _, _, x, y = classifier()
     for _ in range(10):

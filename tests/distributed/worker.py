@@ -58,8 +58,9 @@ def results(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 def options(**changes: Any) -> dict[str, Any]:
     # absolute, dominant damping: rounding in the factors must not be amplified by small eigenvalues
-    return {"lr": 0.1, "damping": 0.1, "damping_scale": "absolute", "fisher": "exact", "factor_interval": 1,
-            "inverse_interval": 1, "ramp_steps": 0, "kl_clip": 1e-3, "factor_dtype": DOUBLE, **changes}  # fmt: skip
+    return {"update_scale": "natural", "lr": 0.1, "damping": 0.1, "damping_scale": "absolute", "fisher": "exact",
+            "factor_interval": 1, "inverse_interval": 1, "ramp_steps": 0, "kl_clip": 1e-3, "factor_dtype": DOUBLE,
+            **changes}  # fmt: skip
 
 
 def train(rank: int | None, *, attach: str = "inner", steps: int = 3, parts: int = 1, **changes: Any) -> dict[str, Any]:

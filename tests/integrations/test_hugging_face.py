@@ -107,7 +107,7 @@ def test_accelerate(precision, accumulation):
     GradientState._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation)
     model = mlp(torch.float32)
-    optimizer = KFAC(model, lr=0.1)
+    optimizer = KFAC(model, lr=0.1, update_scale="natural")
     x, _ = data(64, dtype=torch.float32)
     loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
     model, wrapped, loader = accelerator.prepare(model, optimizer, loader)

@@ -45,11 +45,11 @@ def test_a_state_with_the_keys_of_an_option_that_is_gone_loads_without_them():
 
 
 def test_a_state_of_before_there_were_powers_loads():
-    _, optimizer = trained()
+    _, optimizer = trained(update_scale="natural")
     old = copy.deepcopy(optimizer.state_dict())
     for state in old["state"].values():
         state.get("curvature", {}).pop("refreshed_power", None)
-    other = KFAC(mlp(), **SETTINGS)
+    other = KFAC(mlp(), update_scale="natural", **SETTINGS)
     other.load_state_dict(old)
     assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
 

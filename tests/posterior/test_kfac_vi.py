@@ -407,7 +407,7 @@ def test_plain_loop_without_samples_is_kfac_with_the_prior():
     delta = 20.0 / 100
     variational = KFACVI(vi_model, num_data=100, prior_precision=20.0, damping=0.3, **shared)
     coupled = {"weight_decay": delta, "decoupled_weight_decay": False}
-    plain = KFAC(kfac_model, damping=0.3 + delta, **coupled, **shared)
+    plain = KFAC(kfac_model, damping=0.3 + delta, update_scale="natural", **coupled, **shared)
     for step in range(4):
         x, y = data(seed=step)
         for model, optimizer in ((vi_model, variational), (kfac_model, plain)):

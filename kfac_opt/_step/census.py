@@ -85,9 +85,10 @@ class Census:
         group: dist.ProcessGroup,
     ) -> tuple[set[str], dict[str, Foreign], int]:
         """A layer that only another rank used is no layer without a forward; what one rank found holds for all."""
-        proven = [name in collector.proven and name in collector.fired for name in layers]
-        reasons = [[float(collector.foreign.get(name) == reason) for name in layers] for reason in REASONS]
-        rows = [[float(name in collector.fired) for name in layers], [float(value) for value in proven], *reasons]
+        ran, sure_of, others = collector.fired, collector.proven, collector.foreign
+        proven = [name in sure_of and name in ran for name in layers]
+        reasons = [[float(others.get(name) == reason) for name in layers] for reason in REASONS]
+        rows = [[float(name in ran) for name in layers], [float(value) for value in proven], *reasons]
         flat = [float(pending.num_terms), *(value for row in rows for value in row)]  # a matrix of len(rows) rows
         device = next(iter(due.values())).weight.device
         numbers = torch.tensor(flat, dtype=torch.float64, device=device)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from kfac_opt._capture.empirical import make_collector
+from kfac_opt._capture.collector import Collector
 from kfac_opt._capture.passes import Pending
 from kfac_opt._capture.wrappers import unwrapped
 from kfac_opt._curvature.block import Damping
@@ -62,7 +62,7 @@ class Workings:
         self.model, self._census = model, census
         placement = Replicated(options.process_group)
         blocks = self.blocks = ModelBlocks(optimizer, model, options.for_blocks(needs_basis=needs_basis), damping, flat)
-        self.capture = make_collector(
+        self.capture = Collector(
             unwrapped(model),
             likelihood,
             options.fisher,

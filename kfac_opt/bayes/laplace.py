@@ -20,7 +20,6 @@ from torch.distributed import ProcessGroup
 from kfac_opt._capture.collect import collect
 from kfac_opt._capture.collector import Collector
 from kfac_opt._capture.distributed import active_group, rank, sum_over_ranks_
-from kfac_opt._capture.empirical import make_collector
 from kfac_opt._capture.outputs import pick_logits
 from kfac_opt._capture.wrappers import unwrapped
 from kfac_opt._curvature.block import Damping, State
@@ -92,7 +91,7 @@ def fit_laplace(
     check_number("fit_laplace", "temperature", temperature, low=0.0, open_low=True)
     base_seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
     ranks = active_group(process_group)
-    collector = make_collector(
+    collector = Collector(
         unwrapped(model),
         make_likelihood(likelihood),
         fisher,

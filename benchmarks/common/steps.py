@@ -112,6 +112,7 @@ class _IdleLayer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     module: nn.Module
+    part: str | None = None
 
 
 def _capture(model: nn.Module, workload: Workload) -> Callable[[], None]:

@@ -30,6 +30,7 @@ class Entry:
     weight: nn.Parameter
     bias: nn.Parameter | None
     module: nn.Module
+    part: str | None = None
 
 
 def make(fisher="exact") -> tuple[nn.Linear, Collector, dict[str, Entry]]:

@@ -30,7 +30,6 @@ extensions = [
 exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5"]
 html_theme = "furo"  # search and a dark mode
 html_title = f"kfac_opt {release}"
-html_static_path = ["_static"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3

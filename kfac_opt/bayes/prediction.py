@@ -282,6 +282,7 @@ def mixture(
 
 
 def concatenated(parts: Sequence[Prediction]) -> Prediction:
+    """Predictions of several batches as those of one."""
     samples = [part.samples for part in parts if part.samples is not None]
     return Prediction(
         probabilities=torch.cat([part.probabilities for part in parts]),

@@ -212,19 +212,27 @@ class Recurrence(Protocol):
     """What :func:`drive` advances."""
 
     @property
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Whether no further product is needed."""
+        ...
 
     @property
-    def vectors(self) -> Tensor: ...
+    def vectors(self) -> Tensor:
+        """What the operator has to be applied to."""
+        ...
 
-    def absorb(self, product: Tensor) -> None: ...
+    def absorb(self, product: Tensor) -> None:
+        """Takes the operator's product with :attr:`vectors`."""
+        ...
 
 
 class Operator(Protocol):
     """A symmetric matrix that can only be multiplied with."""
 
     @property
-    def shape(self) -> Sequence[int]: ...
+    def shape(self) -> Sequence[int]:
+        """``(n, n)``."""
+        ...
 
     def __matmul__(self, vectors: Tensor) -> Tensor: ...
 

@@ -22,7 +22,9 @@ __all__ = ["SpectralDensity", "SpectralErrors", "spectral_density"]
 class HasSpectralForm(Protocol):
     """A curvature block that knows its eigenvalues: an entry of ``optimizer.curvature``."""
 
-    def spectral_form(self) -> SpectralForm: ...
+    def spectral_form(self) -> SpectralForm:
+        """Eigenvalues and bases."""
+        ...
 
 
 def spectral_density(

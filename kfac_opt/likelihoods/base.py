@@ -153,5 +153,6 @@ def widened(outputs: Tensor) -> Tensor:
 
 
 def random_signs(shape: list[int], outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """``±1`` with equal probability, ``shape``, in the dtype and on the device of the outputs."""
     bits = torch.randint(0, 2, shape, generator=generator, device=outputs.device)
     return (2 * bits - 1).to(outputs.dtype)

@@ -3,7 +3,8 @@ In front of another optimizer
 =============================
 
 ``precondition_gradients_()`` replaces every ``.grad`` by its preconditioned direction and leaves the step to whoever you
-like: here to Adam, whose own second moment then acts on directions that are whitened already.
+like: here to Adam, whose own second moment then acts on natural gradients. (``update_scale="natural"`` brings the power and the
+damping of the literature; the step itself is Adam's.)
 """
 
 import matplotlib.pyplot as plt
@@ -24,7 +25,7 @@ def fit(with_curvature, lr, steps=150):
     layers = [part for _ in range(4) for part in (nn.Linear(64, 64), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Linear(64, 10))
     adam = torch.optim.Adam(model.parameters(), lr=lr)
-    kfac = KFAC(model) if with_curvature else None
+    kfac = KFAC(model, update_scale="natural") if with_curvature else None
     rows, losses = torch.Generator().manual_seed(0), []
     for _ in range(steps):
         batch = torch.randint(len(x), (128,), generator=rows)

@@ -2,8 +2,8 @@
 A damping sweep
 ===============
 
-How much does the damping matter? Relative to each layer's own curvature (the default) one value serves over orders of
-magnitude; as the absolute γ of the literature it has to be found. ``benchmarks/damping_sweep.py`` does the same with a
+How much does the damping of the natural gradient matter? Relative to each layer's own curvature one value serves over orders
+of magnitude; as the absolute γ of the literature it has to be found. ``benchmarks/damping_sweep.py`` does the same with a
 fair search of all other settings for every value, over many processes.
 """
 
@@ -23,7 +23,7 @@ y = torch.tensor(digits.target)
 def final_loss(damping, scale, steps=80):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = KFAC(model, damping=damping, damping_scale=scale)
+    optimizer = KFAC(model, update_scale="natural", damping=damping, damping_scale=scale)
     rows = torch.Generator().manual_seed(0)
     for _ in range(steps):
         batch = torch.randint(len(x), (128,), generator=rows)

@@ -203,7 +203,7 @@ def test_a_layer_given_frozen_and_unfrozen_later_gets_curvature():
     gradient, before = model[0].weight.grad.clone(), model[0].weight.detach().clone()
     optimizer.step()
     assert torch.equal(gradient, model[0].weight.grad)
-    assert 0 < float((model[0].weight.detach() - before).norm()) <= 0.05 * float(before.norm()) * 1.01
+    assert 0 < float((model[0].weight.detach() - before).norm()) <= 0.06 * float(before.norm()) * 1.01
     assert list(optimizer.curvature) == ["0", "2"]
     assert torch.equal(kept, optimizer.curvature["2"].input_factor)
     train_step(optimizer, model, x, y)
